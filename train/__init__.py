@@ -1,0 +1,1 @@
+"""The trainer: start it with `python -m train.main`."""

@@ -1,8 +1,8 @@
-"""Every option of the trainer: frozen dataclasses, read from TOML and the command line by one parser.
+"""Every option of the trainer: frozen dataclasses, read from TOML and the command line.
 
-A TOML file is flattened into command-line arguments and put before the real ones, so a later value wins and both
-share one parser and one style of error. Each class checks its own fields, `TrainConfig` what spans several; all of
-it happens without touching a device.
+A TOML file is flattened into command-line arguments and put before the real ones, so a later value
+wins and both share one parser and one style of error. Each class checks its own fields,
+`TrainConfig` what spans several; all of it happens without touching a device.
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from the newest good checkpoint; never: refuse a used directory; must: refuse an empty one."""
+    """auto: go on from the newest good checkpoint; never: refuse a used directory; must: refuse an
+    empty one."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"--run.steps={self.steps} must be at least 1")
@@ -74,7 +75,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
-    """RMSNorm on each query and key head before the rotation (Henry et al. 2020, arXiv:2010.04245)."""
+    """RMSNorm on each query and key head before the rotation (arXiv:2010.04245)."""
     tie_embeddings: bool = False
     """Use the embedding as output head too."""
     local_window_size: int = 0
@@ -84,9 +85,10 @@ class ModelConfig:
     attention_implementation: AttentionImplementation = "auto"
     """Attention kernel; auto takes the best one that can run and says which."""
     layer_loop: Literal["scan", "unroll"] = "scan"
-    """scan: one compiled block over stacked weights (fast compile); unroll: separate blocks (fast step)."""
+    """scan: one compiled block over stacked weights (fast compile); unroll: separate blocks (fast
+    step)."""
     remat: Literal["none", "dots", "block"] = "none"
-    """What the backward recomputes: nothing; all but GEMM and attention outputs; the whole block."""
+    """What the backward recomputes: nothing; all but GEMM and attention outputs; whole blocks."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -101,16 +103,18 @@ class ModelConfig:
             _require(value >= 1, f"--model.{name.replace('_', '-')}={value} must be at least 1")
         _require(
             self.num_heads % self.num_kv_heads == 0,
-            f"--model.num-heads={self.num_heads} must be a multiple of --model.num-kv-heads={self.num_kv_heads}",
+            f"--model.num-heads={self.num_heads} must be a multiple of"
+            f" --model.num-kv-heads={self.num_kv_heads}",
         )
         _require(
             self.head_dim > 0 or (self.head_dim == 0 and self.hidden_size % self.num_heads == 0),
-            f"--model.hidden-size={self.hidden_size} must be a multiple of --model.num-heads={self.num_heads};"
-            " change one of them or set --model.head-dim",
+            f"--model.hidden-size={self.hidden_size} must be a multiple of"
+            f" --model.num-heads={self.num_heads}; change one of them or set --model.head-dim",
         )
         _require(
             self.resolved_head_dim % 2 == 0,
-            f"head dim {self.resolved_head_dim} must be even for rotary positions; set --model.head-dim",
+            f"head dim {self.resolved_head_dim} must be even for rotary positions;"
+            " set --model.head-dim",
         )
         _require(
             self.local_window_size >= 0,
@@ -130,7 +134,7 @@ class Fp8Config:
     """How the GEMMs of the blocks are quantised. docs: `jfp8.Recipe`."""
 
     recipe: RecipeName = "delayed"
-    """bf16: no FP8; delayed: scales from the amax history; current: scales from this step's tensors."""
+    """bf16: no FP8; delayed: scales from the amax history; current: from this step's tensors."""
     amax_history_length: int = 16
     """Optimizer steps that a delayed scale looks back."""
     margin: int = 0
@@ -140,7 +144,7 @@ class Fp8Config:
     skip_layers: tuple[str, ...] = ()
     """Glob patterns of GEMM names (such as "*.down") that stay in bf16."""
     minimum_fraction: float = 0.95
-    """Stop before the first step if a smaller share of the block GEMM FLOPs runs in FP8 on a GPU."""
+    """On a GPU, stop before the first step if less of the block GEMM FLOPs runs in FP8."""
 
     def __post_init__(self) -> None:
         _require(
@@ -167,7 +171,7 @@ class DataConfig:
     text_column: str = "text"
     """Field of a JSONL line or column of a Parquet file that holds the text."""
     tokenizer: str = ""
-    """A tokenizer.json to load; empty trains a byte-level BPE of model.vocab-size on the training text."""
+    """A tokenizer.json to load; empty trains a byte-level BPE of model.vocab-size tokens."""
     tokenizer_training_bytes: int = 32_000_000
     """At most this much text trains the tokenizer."""
     max_bytes: int = 0
@@ -274,9 +278,9 @@ class CheckpointConfig:
     """When the state is saved and what is kept."""
 
     every: int = 100
-    """Optimizer steps between checkpoints; the last step is always saved. 0 saves nothing at all."""
+    """Optimizer steps between checkpoints; the last step is always saved. 0 saves nothing."""
     keep: int = 2
-    """Newest checkpoints that are kept; the one with the best validation loss is kept besides."""
+    """Newest checkpoints that are kept; the one with the best validation loss stays besides."""
     verify: bool = True
     """Write a checksum of every file, and check it before resuming."""
 
@@ -326,7 +330,7 @@ class MeshConfig:
     data: int = -1
     """Copies of the model, each with its part of the batch."""
     fsdp: int = 1
-    """Parts of every weight and optimizer moment, gathered when used; the batch is split along it too."""
+    """Parts of every weight and moment, gathered when used; the batch is split along it too."""
     tensor: int = 1
     """Parts of heads and FFN columns."""
     distributed: bool = False
@@ -379,7 +383,8 @@ class TrainConfig:
                 model.num_kv_heads * head_dim,
             ),
             (
-                f"tokens of a microbatch, batch-size / accumulation-steps * sequence-length = {tokens}",
+                "tokens of a microbatch (batch-size / accumulation-steps * sequence-length)"
+                f" = {tokens}",
                 tokens,
             ),
         ):
@@ -391,7 +396,7 @@ class TrainConfig:
 
 
 def flatten(table: dict, prefix: str = "") -> Iterator[str]:
-    """Yields the command-line arguments that a TOML table stands for: {"fp8": {"margin": 0}} -> --fp8.margin 0."""
+    """Yields the arguments that a TOML table stands for: {"fp8": {"margin": 0}} -> --fp8.margin 0."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -409,8 +414,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     Returns: the resolved config, with `run.name` and `run.directory` filled in.
 
     Raises:
-      SystemExit: with a message on stderr, for an unknown key (with the nearest name), a wrong type or a value that
-        a class refuses, in the file or on the command line.
+      SystemExit: with a message on stderr, for an unknown key (with the nearest name), a wrong type
+        or a value that a class refuses, in the file or on the command line.
     """
     arguments = list(arguments)
     try:
