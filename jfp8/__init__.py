@@ -1,0 +1,29 @@
+"""FP8 training for JAX on NVIDIA Hopper: a dot whose scaling state is correct by construction.
+
+Convention: a *scale* is always the factor of dequantisation, x ~= q * scale, and a power of two.
+docs/fp8_state.md explains the state. `jfp8.nnx` and `jfp8.linen` hold the Flax layers, `jfp8.diagnostics` the proof
+that FP8 is what runs; import them by name.
+"""
+
+from jfp8.dot_general import RESIDUAL_NAMES, dot_general
+from jfp8.formats import E4M3, E5M2, Format
+from jfp8.quantize import dequantize, quantize
+from jfp8.recipe import Recipe
+from jfp8.scaling import BINS, Health, ScalingState, health, init_state, update
+
+__all__ = [
+    "BINS",
+    "E4M3",
+    "E5M2",
+    "RESIDUAL_NAMES",
+    "Format",
+    "Health",
+    "Recipe",
+    "ScalingState",
+    "dequantize",
+    "dot_general",
+    "health",
+    "init_state",
+    "quantize",
+    "update",
+]

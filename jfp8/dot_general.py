@@ -1,0 +1,263 @@
+"""The differentiable FP8 dot; the one place where scaling state rides a cotangent.
+
+lhs [M, K] and rhs [K, N] (or [B, M, K] and [B, K, N]) are cast to 8 bits once, and three GEMMs use the casts:
+
+    fwd    out [M, N] = lhs  . rhs       contracts K   fast accumulation
+    dgrad  dlhs[M, K] = grad . rhs^T     contracts N   exact accumulation
+    wgrad  drhs[K, N] = lhs^T . grad     contracts M   exact accumulation (M, all the tokens, is the long one)
+
+Each is a direct FP8 `lax.dot_general` times a scalar: XLA would also accept a 16-bit dot of dequantised values, but
+falls back to 16 bits *silently* where its pattern does not match. Scales are powers of two, so the multiplication
+after the GEMM is exact in the dtype of its output.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jfp8.quantize import current_scale, group_amax_bits, observe, quantize
+from jfp8.recipe import Recipe
+from jfp8.scaling import BINS, GRAD, LHS, RHS, SLOTS, ScalingState
+
+ALIGNMENT = 16  # cuBLASLt and wgmma take 8-bit operands in units of 16 bytes.
+RESIDUAL_NAMES = ("fp8_lhs", "fp8_rhs", "fp8_observation")
+"""`checkpoint_name`s of all that the backward pass needs; a remat policy that saves them recomputes no GEMM."""
+
+_DTYPES = (jnp.bfloat16, jnp.float32)
+
+DotDimensionNumbers = Any  # as in jax.lax.dot_general
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Static:
+    """What the custom_vjp knows at trace time."""
+
+    recipe: Recipe
+    lhs_dtype: np.dtype
+    rhs_dtype: np.dtype
+
+
+def dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DotDimensionNumbers,
+    state: ScalingState | None,
+    *,
+    recipe: Recipe,
+) -> jax.Array:
+    """Multiplies `lhs` and `rhs` in FP8; differentiable.
+
+    out ~= quantize(lhs) . quantize(rhs) * (scale_lhs * scale_rhs), and the backward GEMMs use the same casts and the
+    quantised gradient. The gradient with respect to `state` is the *observation* of the step for `jfp8.update`; add or
+    average it like any other gradient.
+
+    Args:
+      lhs: bfloat16 or float32; an activation.
+      rhs: bfloat16 or float32, not necessarily as lhs: a float32 master weight is quantised directly.
+      dimension_numbers: as in `jax.lax.dot_general`. The contracted size K and the products M and N of the free sizes
+        of lhs and rhs must be multiples of 16.
+      state: of this dot (`jfp8.init_state`), unstacked; ignored, and None accepted, by the bf16 recipe.
+      recipe: static.
+
+    Returns: batch, free lhs, free rhs dimensions, as `jax.lax.dot_general`; in `lhs.dtype`. Its derivatives are in the
+      dtypes of lhs and of rhs, straight from the float32 accumulators of the GEMMs.
+
+    Raises:
+      ValueError: for a dtype, a size or a state that the recipe cannot take.
+
+    Reference: Micikevicius et al. 2022, arXiv:2209.05433.
+    """
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs_free = _free(lhs, lhs_contract, lhs_batch)
+    rhs_free = _free(rhs, rhs_contract, rhs_batch)
+    batch, m = _sizes(lhs, lhs_batch), _sizes(lhs, lhs_free)
+    k, n = _sizes(lhs, lhs_contract), _sizes(rhs, rhs_free)
+    _validate(lhs, rhs, state, recipe, m=math.prod(m), k=math.prod(k), n=math.prod(n))
+    leading = (math.prod(batch),) if batch else ()
+    # cuBLASLt's FP8 GEMM has one contracted and one free dimension per operand.
+    lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract)
+    rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free)
+    lhs = lhs.reshape(*leading, math.prod(m), math.prod(k))
+    rhs = rhs.reshape(*leading, math.prod(k), math.prod(n))
+    static = _Static(recipe, lhs.dtype, rhs.dtype)
+    if recipe.quantizes:
+        assert state is not None
+        out = _fp8_matmul(static, *_same_varying(lhs, rhs, state.scale, state.observation))
+    else:
+        out = _bf16_matmul(static, *_same_varying(lhs, rhs))
+    return out.reshape(*batch, *m, *n)
+
+
+def _free(operand: jax.Array, contract: Any, batch: Any) -> list[int]:
+    return [d for d in range(operand.ndim) if d not in contract and d not in batch]
+
+
+def _sizes(operand: jax.Array, dimensions: Any) -> tuple[int, ...]:
+    return tuple(operand.shape[d] for d in dimensions)
+
+
+def _validate(
+    lhs: jax.Array, rhs: jax.Array, state: ScalingState | None, recipe: Recipe, **sizes: int
+) -> None:
+    for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if operand.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}.dtype={operand.dtype} must be bfloat16 or float32 (float16 cannot hold the sums of FP8"
+                f" products); cast {name} first"
+            )
+    if not recipe.quantizes:
+        return
+    for size_name, size in sizes.items():
+        if size == 0 or size % ALIGNMENT:
+            raise ValueError(
+                f"{size_name.upper()}={size} must be a multiple of {ALIGNMENT} for recipe {recipe.name!r} (FP8 GEMMs;"
+                f" M, K and N are each contracted or contiguous in one of the three), with lhs.shape={lhs.shape} and"
+                f" rhs.shape={rhs.shape}; pad it, or use the bf16 recipe for this layer (Recipe.skip)"
+            )
+    if not isinstance(state, ScalingState):
+        raise ValueError(
+            f"state={type(state).__name__} must be a jfp8.ScalingState for recipe {recipe.name!r}; make one with"
+            " jfp8.init_state(recipe)"
+        )
+    if state.scale.shape != (SLOTS,) or state.observation.shape != (SLOTS, BINS):
+        raise ValueError(
+            f"state.scale.shape={state.scale.shape} must be ({SLOTS},) and state.observation.shape="
+            f"{state.observation.shape} must be ({SLOTS}, {BINS}); take one layer of a stacked state (scan, vmap)"
+        )
+    if (
+        recipe.name == "delayed"
+        and recipe.calibration == "explicit"
+        and not isinstance(state.scale, jax.core.Tracer)
+        and np.isnan(state.scale[:GRAD]).any()
+    ):
+        raise ValueError(
+            f"state.scale={np.asarray(state.scale)} is not calibrated; run the first step with recipe.calibrating(),"
+            " or use Recipe(calibration='inline')"
+        )
+
+
+def _same_varying(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Under shard_map makes every operand vary over the same mesh axes.
+
+    The transpose of that cast is a psum of the cotangent: for an observation, the maximum over the devices.
+    """
+    axes = frozenset().union(*map(_varying, operands))
+    return tuple(
+        lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying") if axes - _varying(x) else x
+        for x in operands
+    )
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    aval = jax.typeof(x)
+    # JAX 0.11.2 keeps the axes under `.mat`; releases before and after it say `.vma`.
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
+
+
+def _gemm(
+    a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: np.dtype, precision: lax.Precision
+) -> jax.Array:
+    """[B?] a . b contracting one dimension (counted from the last) of each; accumulated in float32, out in `dtype`."""
+    batch = tuple(range(a.ndim - 2))
+    return lax.dot_general(
+        a,
+        b,
+        (((a.ndim + contract[0],), (b.ndim + contract[1],)), (batch, batch)),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+
+
+_FWD, _DGRAD, _WGRAD = (-1, -2), (-1, -1), (-2, -2)  # contracted dimension of each operand
+_FAST, _EXACT = lax.Precision.DEFAULT, lax.Precision.HIGHEST  # accumulation of FP8 GEMMs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fp8_matmul(
+    static: _Static, lhs: jax.Array, rhs: jax.Array, scale: jax.Array, probe: jax.Array
+) -> jax.Array:
+    return _fp8_fwd(static, lhs, rhs, scale, probe)[0]
+
+
+def _fp8_fwd(
+    static: _Static, lhs: jax.Array, rhs: jax.Array, scale: jax.Array, probe: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    del probe  # only its cotangent matters
+    with jax.named_scope("fp8_dot/quantize_lhs"):
+        q_lhs, lhs_scale, lhs_seen = _quantize_observed(lhs, scale[LHS], LHS, static.recipe)
+    with jax.named_scope("fp8_dot/quantize_rhs"):
+        q_rhs, rhs_scale, rhs_seen = _quantize_observed(rhs, scale[RHS], RHS, static.recipe)
+    q_lhs = checkpoint_name(q_lhs, "fp8_lhs")
+    q_rhs = checkpoint_name(q_rhs, "fp8_rhs")
+    small = (lhs_scale, rhs_scale, scale[GRAD], lhs_seen, rhs_seen)
+    small = tuple(checkpoint_name(x, "fp8_observation") for x in small)
+    with jax.named_scope("fp8_dot/fwd"):
+        out = _gemm(q_lhs, q_rhs, _FWD, static.lhs_dtype, _FAST)
+        out *= (lhs_scale * rhs_scale).astype(out.dtype)
+    return out, (q_lhs, q_rhs, *small)
+
+
+def _fp8_bwd(
+    static: _Static, residuals: tuple[jax.Array, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    q_lhs, q_rhs, lhs_scale, rhs_scale, grad_scale, lhs_seen, rhs_seen = residuals
+    with jax.named_scope("fp8_dot/quantize_grad"):
+        q_grad, grad_scale, grad_seen = _quantize_observed(grad, grad_scale, GRAD, static.recipe)
+    with jax.named_scope("fp8_dot/dgrad"):
+        dlhs = _gemm(q_grad, q_rhs, _DGRAD, static.lhs_dtype, _EXACT)
+        dlhs *= (grad_scale * rhs_scale).astype(dlhs.dtype)
+    with jax.named_scope("fp8_dot/wgrad"):
+        drhs = _gemm(q_lhs, q_grad, _WGRAD, static.rhs_dtype, _EXACT)
+        drhs *= (lhs_scale * grad_scale).astype(drhs.dtype)
+    return dlhs, drhs, None, jnp.stack([lhs_seen, rhs_seen, grad_seen])
+
+
+_fp8_matmul.defvjp(_fp8_fwd, _fp8_bwd)
+
+
+def _quantize_observed(
+    x: jax.Array, scale: jax.Array, slot: int, recipe: Recipe
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The 8-bit x, the scale it has, and its observation."""
+    format = recipe.formats[slot]
+    rows = x.reshape(-1, x.shape[-1])
+    amax_bits = group_amax_bits(rows)
+    if recipe.name == "current":
+        scale = current_scale(amax_bits, format)
+    elif recipe.calibration == "inline":
+        scale = jnp.where(jnp.isnan(scale), current_scale(amax_bits, format), scale)
+    return quantize(x, scale, format), scale, observe(rows, amax_bits, scale, format)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bf16_matmul(static: _Static, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return _bf16_fwd(static, lhs, rhs)[0]
+
+
+def _bf16_fwd(
+    static: _Static, lhs: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    cast = rhs.astype(lhs.dtype)
+    with jax.named_scope("bf16_dot/fwd"):
+        return _gemm(lhs, cast, _FWD, static.lhs_dtype, _FAST), (lhs, rhs)
+
+
+def _bf16_bwd(
+    static: _Static, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    lhs, rhs = residuals
+    with jax.named_scope("bf16_dot/dgrad"):
+        dlhs = _gemm(grad, rhs.astype(grad.dtype), _DGRAD, static.lhs_dtype, _FAST)
+    with jax.named_scope("bf16_dot/wgrad"):
+        drhs = _gemm(lhs, grad, _WGRAD, static.rhs_dtype, _FAST)
+    return dlhs, drhs
+
+
+_bf16_matmul.defvjp(_bf16_fwd, _bf16_bwd)
