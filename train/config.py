@@ -293,7 +293,7 @@ class CheckpointConfig:
 class LogConfig:
     """What is measured and where it is shown."""
 
-    every: int = 10
+    every: int = 1
     """Optimizer steps between metric lines."""
     validate_every: int = 100
     """Optimizer steps between validations; the last step is always validated. 0 means never."""
@@ -396,7 +396,7 @@ class TrainConfig:
 
 
 def flatten(table: dict, prefix: str = "") -> Iterator[str]:
-    """Yields the arguments that a TOML table stands for: {"fp8": {"margin": 0}} -> --fp8.margin 0."""
+    """Yields a TOML table as arguments: {"fp8": {"margin": 0}} -> --fp8.margin 0."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")

@@ -1,0 +1,37 @@
+"""Entry point: `python -m train.main [--config FILE.toml] [--section.key value ...]`."""
+
+import sys
+
+from train.config import ConfigError, parse
+from train.xla_flags import set_xla_flags
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains as the arguments say.
+
+    Args:
+      arguments: what follows the program name; None takes them from the command line.
+
+    Returns: 0 when the run is complete; 128 + the signal's number when it stopped early on SIGINT or
+      SIGTERM with its state saved; 2 for bad input; 3 when training itself failed.
+    """
+    config = parse(sys.argv[1:] if arguments is None else arguments)
+    set_xla_flags()
+    # Imported late: bad arguments are reported in a fraction of a second, and the flags must be set
+    # before JAX is.
+    from train.checkpoint import CheckpointError
+    from train.data import DataError
+    from train.loop import TrainingError, train
+
+    try:
+        return train(config)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""The model: a Llama-family decoder in Flax NNX whose GEMMs go through `jfp8`.
+
+RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al. 2021,
+arXiv:2104.09864), grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and SwiGLU (Shazeer
+2020, arXiv:2002.05202). Embedding, norms and head stay out of FP8.
+
+Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head dim, F ffn, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+import jfp8
+import jfp8.nnx
+from pallas_kernels import flash_attention
+from train.config import ModelConfig
+
+COMPUTE_DTYPE = jnp.bfloat16
+_INIT_STD = 0.02
+_MAX_FFN_GROUP = 128
+
+
+class RMSNorm(nnx.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> [..., size], in the dtype of `x`."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.weight[...]).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies rotary positions to `x` [B, T, N, H] by the angles' cos and sin [B, T, 1, H // 2].
+
+    The two halves of a head are the coordinates of its H // 2 planes (the layout of Llama's published
+    Hugging Face weights), computed in float32.
+    """
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, 1, head_dim // 2], of positions int32 [B, T]."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention with one fused QKV projection.
+
+    The fused kernel's columns are grouped by key/value head, [K, N / K + 2, H]: a split over the
+    `tensor` mesh axis then leaves whole groups on each device.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs):
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
+        self.config = config
+        self.qkv = _linear(
+            "qkv", config.hidden_size, (heads + 2 * kv_heads) * head_dim, recipe, rngs
+        )
+        self.out = _linear(
+            "out", heads * head_dim, config.hidden_size, recipe, rngs, _residual_std(config)
+        )
+        self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `segment_ids` int32 [B, T] keeps packed documents apart."""
+        config = self.config
+        batch, length, _ = x.shape
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
+        group = heads // kv_heads
+        qkv = checkpoint_name(self.qkv(x), "qkv")
+        qkv = qkv.reshape(batch, length, kv_heads, group + 2, head_dim)
+        q = qkv[..., :group, :].reshape(batch, length, heads, head_dim)
+        k, v = qkv[..., group, :], qkv[..., group + 1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        window = config.local_window_size
+        attended = flash_attention(
+            rotate(q, *angles),
+            rotate(k, *angles),
+            v,
+            is_causal=True,
+            local_window_size=(window, 0) if window else None,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            precision=config.attention_precision,
+            implementation=attention_implementation(config),
+        )
+        attended = checkpoint_name(attended, "attended")
+        return self.out(attended.reshape(batch, length, heads * head_dim))
+
+
+def attention_implementation(config: ModelConfig) -> str | None:
+    """The `implementation` argument of `flash_attention` that the config asks for."""
+    choice = config.attention_implementation
+    return None if choice == "auto" else choice
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) with one fused gate/up projection.
+
+    Gate and up alternate in groups of 128 columns, [F / 128, 2, 128]: a split over the `tensor` mesh
+    axis keeps each pair on one device, and a kernel's tile finds both side by side.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs):
+        self.group = math.gcd(config.ffn_size, _MAX_FFN_GROUP)
+        self.gate_up = _linear("gate_up", config.hidden_size, 2 * config.ffn_size, recipe, rngs)
+        self.down = _linear(
+            "down", config.ffn_size, config.hidden_size, recipe, rngs, _residual_std(config)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        gate_up = checkpoint_name(self.gate_up(x), "gate_up")
+        pairs = gate_up.reshape(*x.shape[:-1], -1, 2, self.group)
+        gate, up = pairs[..., 0, :].astype(jnp.float32), pairs[..., 1, :].astype(jnp.float32)
+        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+        return self.down(hidden.reshape(*x.shape[:-1], -1))
+
+
+class Block(nnx.Module):
+    """Pre-norm decoder block: x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, recipe, rngs)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = SwiGLU(config, recipe, rngs)
+
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        with jax.named_scope("block"):
+            x = x + self.attention(self.attention_norm(x), angles, segment_ids)
+            return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks and final norm; the head's matrix is applied by the loss, in chunks.
+
+    With `layer_loop="scan"` the blocks are one `Block` whose arrays have a leading layer axis; with
+    "unroll" they are a list. The two train alike but have different parameter trees.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, *, rngs: nnx.Rngs):
+        self.config = config
+        normal = nnx.initializers.normal(_INIT_STD)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(normal(rngs.params(), shape, jnp.float32))
+        if config.layer_loop == "scan":
+            create = nnx.vmap(lambda block_rngs: Block(config, recipe, block_rngs))
+            self.blocks = create(rngs.fork(split=config.num_layers))
+        else:
+            self.blocks = nnx.List(Block(config, recipe, rngs) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nnx.Param(normal(rngs.params(), shape[::-1], jnp.float32))
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        """Final hidden states [B, T, D] in bfloat16.
+
+        Args:
+          tokens: int32 [B, T], ids below the vocabulary size.
+          positions: int32 [B, T], the rotary position of each token in its document.
+          segment_ids: int32 [B, T], equal inside one document; None lets every token see all before it.
+        """
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(COMPUTE_DTYPE)
+        angles = rotary_angles(positions, self.config.resolved_head_dim, self.config.rope_theta)
+        return self.final_norm(self._apply_blocks(x, angles, segment_ids))
+
+    def head_kernel(self) -> jax.Array:
+        """The output projection, float32 [D, V]."""
+        if self.config.tie_embeddings:
+            return self.embedding[...].T
+        return self.head[...]
+
+    def _apply_blocks(self, x, angles, segment_ids):
+        if self.config.layer_loop == "unroll":
+            for block in self.blocks:
+                graph, state = nnx.split(block)
+                apply = _rematerialised(
+                    lambda state, x, graph=graph: nnx.merge(graph, state)(x, angles, segment_ids),
+                    self.config,
+                )
+                x = apply(state, x)
+            return x
+        graph, stacked = nnx.split(self.blocks)
+        apply = _rematerialised(
+            lambda state, x: nnx.merge(graph, state)(x, angles, segment_ids), self.config
+        )
+        return jax.lax.scan(lambda x, state: (apply(state, x), None), x, stacked)[0]
+
+
+# What the backward finds saved under remat="dots": GEMM and attention outputs, and each GEMM's 8-bit
+# operands in place of the 16-bit values they were made from.
+_SAVED_NAMES = ("qkv", "attended", "gate_up", "fp8_lhs", "fp8_rhs", "attention_residual")
+
+
+def _rematerialised(function: Callable, config: ModelConfig) -> Callable:
+    if config.remat == "none":
+        return function
+    if config.remat == "block":
+        return jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
+    policy = jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES)
+    return jax.checkpoint(function, policy=policy)
+
+
+def _linear(
+    name: str,
+    in_features: int,
+    out_features: int,
+    recipe: jfp8.Recipe,
+    rngs: nnx.Rngs,
+    std: float = _INIT_STD,
+) -> jfp8.nnx.Linear:
+    return jfp8.nnx.Linear(
+        in_features,
+        out_features,
+        recipe=recipe.for_layer(f"block.{name}"),
+        dtype=COMPUTE_DTYPE,
+        param_dtype=jnp.float32,
+        kernel_init=nnx.initializers.normal(std),
+        rngs=rngs,
+    )
+
+
+def _residual_std(config: ModelConfig) -> float:
+    # Keeps the residual stream's variance independent of depth at the start (GPT-2).
+    return _INIT_STD / math.sqrt(2 * config.num_layers)

@@ -1,0 +1,130 @@
+"""What a run says and checks around its steps: the device, what runs in FP8, the closing summary."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jfp8 import diagnostics
+from pallas_kernels import flash_attention_choice
+from train.config import ConfigError, TrainConfig
+from train.model import COMPUTE_DTYPE, attention_implementation
+from train.state import TrainState, parameter_count
+from train.step import CompiledSteps
+
+# The GEMMs of the decoder blocks; embedding and head are not meant to run in FP8.
+_BLOCK_GEMMS = r"fp8_dot|bf16_dot"
+_FP8_COMPUTE_CAPABILITY = 8.9
+
+
+def check_device_support(config: TrainConfig) -> None:
+    """Raises ConfigError if the recipe or the attention that was asked for cannot run here."""
+    device = jax.devices()[0]
+    if config.fp8.recipe != "bf16" and device.platform == "gpu":
+        capability = float(device.compute_capability)
+        if capability < _FP8_COMPUTE_CAPABILITY:
+            raise ConfigError(
+                f"--fp8.recipe={config.fp8.recipe} needs a GPU of compute capability"
+                f" {_FP8_COMPUTE_CAPABILITY} or more; {device.device_kind} has {capability}."
+                " Use --fp8.recipe bf16"
+            )
+    try:
+        attention_choice(config)
+    except (NotImplementedError, ValueError) as error:
+        raise ConfigError(
+            f"--model.attention-implementation={config.model.attention_implementation},"
+            f" --model.attention-precision={config.model.attention_precision}: {error}"
+        ) from error
+
+
+def attention_choice(config: TrainConfig) -> str:
+    """The attention kernel that will run, and why."""
+    model, data = config.model, config.data
+    rows = data.batch_size // config.optimizer.accumulation_steps
+    shape = lambda heads: jax.ShapeDtypeStruct(  # noqa: E731
+        (rows, data.sequence_length, heads, model.resolved_head_dim), COMPUTE_DTYPE
+    )
+    segment_ids = (
+        jax.ShapeDtypeStruct((rows, data.sequence_length), "int32") if data.document_mask else None
+    )
+    window = model.local_window_size
+    choice = flash_attention_choice(
+        shape(model.num_heads),
+        shape(model.num_kv_heads),
+        shape(model.num_kv_heads),
+        is_causal=True,
+        local_window_size=(window, 0) if window else None,
+        q_segment_ids=segment_ids,
+        kv_segment_ids=segment_ids,
+        precision=model.attention_precision,
+        implementation=attention_implementation(model),
+    )
+    return f"{choice.implementation} ({choice.reason})"
+
+
+def gemm_report(steps: CompiledSteps) -> diagnostics.DotReport:
+    """The block GEMMs of the train step: as compiled on a GPU, as asked for elsewhere."""
+    if jax.default_backend() == "gpu":
+        report = diagnostics.fp8_dot_count(steps.train)
+    else:
+        report = diagnostics.lowered_dot_count(steps.train_lowered)
+    return report.filter(_BLOCK_GEMMS)
+
+
+def describe_gemms(config: TrainConfig, steps: CompiledSteps) -> str:
+    """One line on how many block GEMMs, and what share of their FLOPs, run in FP8."""
+    report = gemm_report(steps)
+    emulated = "" if jax.default_backend() == "gpu" else "; emulated: this device has no FP8 GEMM"
+    return (
+        f"recipe {config.fp8.recipe}: {report.fp8_count} of {report.fp8_count + report.other_count}"
+        f" block GEMMs in FP8, {report.fp8_flop_fraction:.1%} of their FLOPs{emulated}"
+    )
+
+
+def check_fp8_share(config: TrainConfig, steps: CompiledSteps) -> None:
+    """Raises ConfigError if a GPU would run fewer block GEMMs in FP8 than the config demands."""
+    if config.fp8.recipe == "bf16" or jax.default_backend() != "gpu" or config.fp8.skip_layers:
+        return
+    report = gemm_report(steps)
+    if report.fp8_flop_fraction < config.fp8.minimum_fraction:
+        raise ConfigError(
+            f"only {report.fp8_flop_fraction:.1%} of the block GEMM FLOPs were compiled to FP8, less"
+            f" than --fp8.minimum-fraction={config.fp8.minimum_fraction}; not in FP8:"
+            f" {', '.join(sorted({dot.op_name for dot in report.others}))[:400]}"
+        )
+
+
+def describe(
+    config: TrainConfig, state: TrainState, steps: CompiledSteps, mesh: Mesh
+) -> Iterator[str]:
+    """The lines printed before the first step."""
+    device = jax.devices()[0]
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    tokens = config.data.batch_size * config.data.sequence_length
+    yield f"devices: {mesh.size} x {device.device_kind} ({axes})"
+    yield (
+        f"model: {parameter_count(state.params):,} parameters; {tokens:,} tokens a step,"
+        f" {tokens * config.run.steps:,} in all"
+    )
+    yield f"attention: {attention_choice(config)}"
+    yield describe_gemms(config, steps)
+    memory = steps.train.memory_analysis()
+    if memory is not None:
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        yield f"memory: {total / 2**30:.1f} GiB for state and step, by the compiler's plan"
+
+
+def summary(directory: Path, first_loss: float | None, validation_loss: float | None, fp8: str):
+    """The closing lines of a run."""
+    yield f"files: {directory}/ holds metrics.jsonl, config.toml, loss.png, sample.txt, checkpoints/"
+    if first_loss and validation_loss:
+        yield (
+            f"validation loss {validation_loss:.4f} nats,"
+            f" {1 - validation_loss / first_loss:.0%} below the first step's {first_loss:.4f}"
+        )
+    if fp8:
+        yield fp8
+    result = {"first_loss_nats": first_loss, "validation_loss_nats": validation_loss, "fp8": fp8}
+    (directory / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
