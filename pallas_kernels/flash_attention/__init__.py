@@ -1,0 +1,1 @@
+"""Softmax attention: one public function (`api`) over several implementations."""

@@ -1,0 +1,297 @@
+"""`flash_attention`: checks the arguments, picks an implementation, and calls it."""
+
+# Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
+
+import math
+from typing import Literal, NamedTuple, get_args, overload
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.flash_attention import cudnn, xla
+from pallas_kernels.flash_attention.config import AttentionSpec, Implementation, Precision
+from pallas_kernels.flash_attention.masks import make_band
+
+ArrayLike = Array | jax.ShapeDtypeStruct
+
+_MODULES = {"cudnn": cudnn, "xla": xla}
+# Tried in this order when the caller leaves the choice; xla runs everywhere.
+_PREFERENCE: tuple[Implementation, ...] = ("cudnn", "xla")
+
+
+class Choice(NamedTuple):
+    """Which implementation a call uses."""
+
+    implementation: Implementation
+    """Its name."""
+    reason: str
+    """One sentence: why this one, and why not the ones before it."""
+
+
+@overload
+def flash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    is_causal: bool = ...,
+    softmax_scale: float | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    q_segment_ids: Array | None = ...,
+    kv_segment_ids: Array | None = ...,
+    precision: Precision = ...,
+    implementation: Implementation | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Array: ...
+
+
+@overload
+def flash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    is_causal: bool = ...,
+    softmax_scale: float | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    q_segment_ids: Array | None = ...,
+    kv_segment_ids: Array | None = ...,
+    precision: Precision = ...,
+    implementation: Implementation | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+def flash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    is_causal: bool = False,
+    softmax_scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
+    precision: Precision = "bf16",
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Computes softmax(softmax_scale * q k^T + mask) v; differentiable.
+
+    Each group of N / K query heads shares one key/value head (GQA; MQA for K = 1, MHA for K = N).
+    Query t may see key s if s <= t (`is_causal`; positions count from the start, also for T != S),
+    if t - left <= s <= t + right (`local_window_size`) and if their segment ids are equal; all
+    three must hold. A query that sees no key gets output 0, log-sum-exp -inf and zero gradients.
+
+    Args:
+      q: `[B, T, N, H]`, bfloat16 or float16 (float32 too with "xla").
+      k: `[B, S, K, H]`, same dtype; N is a multiple of K.
+      v: like k.
+      is_causal: no query sees a later key.
+      softmax_scale: factor on the logits; 1 / sqrt(H) if None.
+      local_window_size: `(left, right)` neighbours seen on each side, or one int for both, as in
+        `jax.nn.dot_product_attention`.
+      q_segment_ids: `[B, T]`, int32: number of the document each query belongs to. Given together
+        with kv_segment_ids, or not at all.
+      kv_segment_ids: `[B, S]`, int32.
+      precision: "bf16" multiplies in q's dtype and accumulates in float32. "fp8" and "int8"
+        quantise q, k, v.
+      implementation: "xla" runs on any device; memory is bounded by recomputing chunks. "cudnn"
+        needs a Hopper GPU; segment ids cost it a mask of B * T * S 16-bit numbers. None takes the
+        best that can run; see `flash_attention_choice`.
+      return_lse: return the log-sum-exp of the logits too.
+
+    Returns:
+      Output `[B, T, N, H]` in q's dtype; with `return_lse`, also the natural-log log-sum-exp `[B,
+      T, N]`, float32.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, dtype or value.
+      NotImplementedError: if `implementation` cannot run this call on this device; says why.
+
+    References: Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608.
+    """
+    spec, choice = _plan(
+        q,
+        k,
+        v,
+        is_causal=is_causal,
+        softmax_scale=softmax_scale,
+        local_window_size=local_window_size,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        precision=precision,
+        implementation=implementation,
+        return_lse=return_lse,
+    )
+    run = _MODULES[choice.implementation].attention
+    out, lse = run(q, k, v, q_segment_ids, kv_segment_ids, spec)
+    if not return_lse:
+        return out
+    assert lse is not None, f"{choice.implementation} returned no log-sum-exp"
+    return out, lse
+
+
+def flash_attention_choice(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    is_causal: bool = False,
+    softmax_scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    precision: Precision = "bf16",
+    implementation: Implementation | None = None,
+    return_lse: bool = False,
+) -> Choice:
+    """Tells which implementation `flash_attention` would use for the same arguments here, and why.
+
+    Arrays may be `jax.ShapeDtypeStruct`. Raises what `flash_attention` would raise.
+    """
+    return _plan(
+        q,
+        k,
+        v,
+        is_causal=is_causal,
+        softmax_scale=softmax_scale,
+        local_window_size=local_window_size,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        precision=precision,
+        implementation=implementation,
+        return_lse=return_lse,
+    )[1]
+
+
+def _plan(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    is_causal: bool,
+    softmax_scale: float | None,
+    local_window_size: int | tuple[int, int] | None,
+    q_segment_ids: ArrayLike | None,
+    kv_segment_ids: ArrayLike | None,
+    precision: Precision,
+    implementation: Implementation | None,
+    return_lse: bool,
+) -> tuple[AttentionSpec, Choice]:
+    """Checks all arguments; returns what is to be computed and by whom."""
+    _check_arrays(q, k, v)
+    _check_segment_ids(q, k, q_segment_ids, kv_segment_ids)
+    _check_option("precision", precision, get_args(Precision))
+    _check_option("implementation", implementation, (*get_args(Implementation), None))
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(q.shape[3])
+    # A kernel folds the factor into its constants, so it cannot be a traced array.
+    if not (isinstance(softmax_scale, int | float) and 0.0 < softmax_scale < math.inf):
+        raise ValueError(
+            f"softmax_scale={softmax_scale!r} must be a positive Python float;"
+            " multiply q by anything else"
+        )
+    spec = AttentionSpec(
+        batch_size=q.shape[0],
+        query_length=q.shape[1],
+        key_length=k.shape[1],
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=jnp.dtype(q.dtype).name,
+        band=make_band(is_causal, local_window_size, q.shape[1], k.shape[1]),
+        has_segments=q_segment_ids is not None,
+        softmax_scale=float(softmax_scale),
+        return_lse=return_lse,
+        precision=precision,
+    )
+    return spec, _choose(spec, implementation)
+
+
+def _choose(spec: AttentionSpec, implementation: Implementation | None) -> Choice:
+    """Picks the implementation; raises if the one asked for, or every one, cannot run."""
+    if spec.precision != "bf16":
+        raise NotImplementedError(
+            f"precision={spec.precision!r} needs the {spec.precision} sm_90 kernels, which"
+            " this version does not have; use precision='bf16'"
+        )
+    if implementation is not None:
+        reason = _unsupported_reason(spec, implementation)
+        if reason is not None:
+            raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
+        return Choice(implementation, "asked for")
+    rejected = []
+    for candidate in _PREFERENCE:
+        reason = _unsupported_reason(spec, candidate)
+        if reason is None:
+            return Choice(candidate, "; ".join(rejected) or "the fastest here")
+        rejected.append(f"not {candidate}: {reason}")
+    raise NotImplementedError("; ".join(rejected))
+
+
+def _unsupported_reason(spec: AttentionSpec, implementation: Implementation) -> str | None:
+    """Why `implementation` cannot run `spec` here; None if it can."""
+    if implementation not in _MODULES:
+        return (
+            "this version has no Pallas kernel for it yet; use implementation='cudnn' on a"
+            " Hopper GPU or implementation='xla' anywhere"
+        )
+    return _MODULES[implementation].unsupported_reason(spec)
+
+
+def _check_option(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {allowed}")
+
+
+def _check_arrays(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> None:
+    """Raises ValueError unless q, k and v fit together."""
+    arrays = (("q", q), ("k", k), ("v", v))
+    for name, x in arrays:
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(
+                f"{name}.shape={x.shape} must be [batch, length, heads, head_dim] with no empty"
+                " dimension; add the missing axis, or use jax.vmap"
+            )
+    for name, x in arrays:
+        if x.dtype != q.dtype or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            raise ValueError(
+                f"{name}.dtype={x.dtype} must be bfloat16, float16 or float32 and the same for q, k"
+                f" and v (q.dtype={q.dtype}); cast with .astype"
+            )
+        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3]:
+            raise ValueError(
+                f"{name}.shape={x.shape} must have the batch and head dim of q.shape={q.shape};"
+                " only the length and the number of heads may differ"
+            )
+    if v.shape != k.shape:
+        raise ValueError(f"v.shape={v.shape} must equal k.shape={k.shape}")
+    if q.shape[2] % k.shape[2] != 0:
+        raise ValueError(
+            f"q.shape[2]={q.shape[2]} query heads must be a multiple of k.shape[2]={k.shape[2]}"
+            " key/value heads; repeat k and v, or change the number of heads"
+        )
+
+
+def _check_segment_ids(
+    q: ArrayLike, k: ArrayLike, q_segment_ids: ArrayLike | None, kv_segment_ids: ArrayLike | None
+) -> None:
+    """Raises ValueError unless both segment ids are absent, or both fit q and k."""
+    for name, ids, other, x in (
+        ("q_segment_ids", q_segment_ids, kv_segment_ids, q),
+        ("kv_segment_ids", kv_segment_ids, q_segment_ids, k),
+    ):
+        if ids is None:
+            if other is not None:
+                raise ValueError(
+                    f"{name}=None must be given when the other segment ids are; pass both"
+                )
+            continue
+        if ids.shape != x.shape[:2] or ids.dtype != jnp.int32:
+            raise ValueError(
+                f"{name} is {ids.dtype}{list(ids.shape)}, must be int32{list(x.shape[:2])}: one id"
+                " for each position; reshape it or cast with .astype(jnp.int32)"
+            )
