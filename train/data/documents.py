@@ -1,4 +1,4 @@
-"""Documents as they are trained on: no empty ones, each once, and every one on its side of the validation split."""
+"""Documents as they are trained on: none empty, each once, each on its side of the split."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SplitDocument:
-    """A document, its size in bytes of UTF-8 text or of 32-bit ids, its digest and its side of the split."""
+    """A document, its size in bytes (UTF-8 text or 32-bit ids), its digest, its side."""
 
     document: Document
     size: int
@@ -36,7 +36,7 @@ class SplitDocument:
 def split_documents(
     files: Sequence[SourceFile], config: DataConfig, tally: Tally
 ) -> Iterator[SplitDocument]:
-    """Yields every distinct, non-empty document of `files` until `config.max_bytes` would be passed.
+    """Yields each distinct, non-empty document of `files` up to `config.max_bytes` in all.
 
     The side is decided by the content alone (the first 64 bits of its BLAKE2b digest against
     `config.validation_fraction`), so it stays the same whatever other files are added.
@@ -72,15 +72,15 @@ def split_documents(
 
 
 def _digest(document: Document) -> tuple[bytes, int]:
-    """BLAKE2b-128 of the UTF-8 text, or of the ids as little-endian uint32; and the bytes hashed."""
+    """BLAKE2b-128 of the UTF-8 text or the ids as little-endian uint32; and the bytes hashed."""
     content = document.content
     if isinstance(content, str):
         try:
             encoded = content.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{document.where}: the text is not valid Unicode (character {error.start}: {error.reason}); mend"
-                " or remove it"
+                f"{document.where}: the text is not valid Unicode (character {error.start}:"
+                f" {error.reason}); mend or remove it"
             ) from error
         return hashlib.blake2b(encoded, digest_size=16).digest(), len(encoded)
     digest = hashlib.blake2b(b"ids:", digest_size=16)
@@ -89,20 +89,17 @@ def _digest(document: Document) -> tuple[bytes, int]:
     return digest.digest(), 4 * len(content)
 
 
-def tokenizer_sample(
-    files: Sequence[SourceFile], config: DataConfig
-) -> Iterator[str]:
-    """Yields at most `config.tokenizer_training_bytes` of training text, spread evenly over the sources."""
+def tokenizer_sample(files: Sequence[SourceFile], config: DataConfig) -> Iterator[str]:
+    """Yields training text evenly from all sources, up to `config.tokenizer_training_bytes`."""
     total = sum(file.size for file in files)
     if config.max_bytes:
         total = min(total, config.max_bytes)
     limit = config.tokenizer_training_bytes
-    share = min(1.0, limit / max(1, total))
     tally = Tally()
     taken = 0
     for item in split_documents(files, config, tally):
-        # A Parquet file holds more text than its size, so the share alone does not keep the limit.
-        allowance = min(limit, limit if share == 1.0 else share * tally.bytes)
+        # A Parquet file can hold more text than its size: the share alone does not keep the limit.
+        allowance = min(limit, limit * tally.bytes // max(1, total))
         if item.is_validation or isinstance(item.document.content, np.ndarray):
             continue
         if taken + item.size <= allowance:

@@ -1,7 +1,8 @@
 """Cuts a stream of tokens into sequences.
 
-The stream is every document of a split, each followed by its end-of-text token. Sequence i of length T is made of the
-tokens [i*T, i*T + T], T + 1 of them: the last one is a target only, and the first input of sequence i + 1.
+The stream is every document of a split, each followed by its end-of-text token. Sequence i of
+length T is made of the tokens [i*T, i*T + T], T + 1 of them: the last one is a target only, and the
+first input of sequence i + 1.
 """
 
 from typing import NamedTuple
@@ -42,11 +43,12 @@ def pack(
     Returns: arrays `[B, T]`:
       tokens: int32, inputs; 0 where padded.
       targets: int32, the token after each input; 0 where padded.
-      segment_ids: int32, 1, 2, ... for the documents of a row (1 alone without `document_mask`); 0 where padded.
-      positions: int32, counted from the start of the document's part in this row (of the row without
-        `document_mask`); 0 where padded.
-      loss_weights: float32, 0 where padded or where the target belongs to another document (with `document_mask`),
-        else 1.
+      segment_ids: int32, 1, 2, ... for the documents of a row (1 alone without `document_mask`); 0
+        where padded.
+      positions: int32, counted from the start of the document's part in this row (of the row
+        without `document_mask`); 0 where padded.
+      loss_weights: float32, 0 where padded or where the target belongs to another document (with
+        `document_mask`), else 1.
     """
     shape = (len(sequence_numbers), sequence_length + 1)
     window = np.zeros(shape, np.int32)

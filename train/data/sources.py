@@ -1,7 +1,8 @@
 """Finds the files that `--data.path` stands for and reads documents out of them, one at a time.
 
-A document is a text, or an array of token ids from a pre-tokenised shard. Nothing here holds more than one document
-of a text file, one line of a JSONL file, a thousand rows of a Parquet file, or one memory-mapped shard.
+A document is a text, or an array of token ids from a pre-tokenised shard. Nothing here holds more
+than one document of a text file, one line of a JSONL file, a thousand rows of a Parquet file, or
+one memory-mapped shard.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ STDLIB = "python-stdlib"
 SHARD_META = "meta.json"
 SHARD_TOKENIZER = "tokenizer.json"
 
-# A text file above the first size is cut at line ends into documents of at most the second: a single big file can
-# then be streamed, tokenised in parallel and held out from. Both are far above the length of a training sequence.
+# A text file above the first size is cut at line ends into documents of at most the second: a
+# single big file can then be streamed, tokenised in parallel and held out from. Both are far above
+# the length of a training sequence.
 WHOLE_FILE_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16
 
@@ -32,8 +34,9 @@ _PARQUET_ROWS = 1024  # rows decoded at a time
 _SCAN_TOKENS = 1 << 24  # tokens of a shard checked at a time
 
 _TEXT_ENDINGS = frozenset(
-    ".txt .text .md .markdown .rst .tex .html .htm .xml .csv .tsv .json .yaml .yml .toml .ini .cfg .log .srt"
-    " .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt .scala .js .ts .jsx .tsx .css .sh .sql .rb .php"
+    ".txt .text .md .markdown .rst .tex .html .htm .xml .csv .tsv .json .yaml .yml .toml .ini"
+    " .cfg .log .srt .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt .scala .js .ts"
+    " .jsx .tsx .css .sh .sql .rb .php"
     " .pl .lua .r .jl .hs .ml .cs .swift .asm .s .f90 .m".split()
 )
 _ENDINGS = (
@@ -66,20 +69,21 @@ class SourceFile:
 
 
 class Document(NamedTuple):
-    """A text, or the token ids of a pre-tokenised document without its end-of-text; and where it stands."""
+    """A text, or the token ids of a document without its end-of-text; and where it stands."""
 
     content: str | np.ndarray
     where: str
 
 
 def find_files(config: DataConfig) -> list[SourceFile]:
-    """Lists the files of `config.path`: paths in the given order, the files of a folder sorted by relative path.
+    """Lists the files of `config.path`, in the given order; those of a folder by relative path.
 
-    Hidden files and folders are left out, as are `meta.json` and `tokenizer.json` beside pre-tokenised shards.
+    Hidden files and folders are left out, as are `meta.json` and `tokenizer.json` beside
+    pre-tokenised shards.
 
     Raises:
-      DataError: if a path is missing or empty, a folder has no file that matches `config.glob`, or the format of a
-        file cannot be told from its ending.
+      DataError: if a path is missing or empty, a folder has no file that matches `config.glob`, or
+        the format of a file cannot be told from its ending.
     """
     files = []
     for name in config.path:
@@ -91,8 +95,8 @@ def find_files(config: DataConfig) -> list[SourceFile]:
             files += [_source_file(match, config) for match in _folder_matches(path, config)]
         elif not path.exists():
             raise DataError(
-                f"--data.path {name!r} does not exist (looked for {path.absolute()}); give a file, a folder or"
-                f" {STDLIB!r}"
+                f"--data.path {name!r} does not exist (looked for {path.absolute()}); give a"
+                f" file, a folder or {STDLIB!r}"
             )
         elif path.stat().st_size == 0 or not path.is_file():
             raise DataError(f"--data.path {name!r} is empty or not a regular file; nothing to read")
@@ -103,7 +107,9 @@ def find_files(config: DataConfig) -> list[SourceFile]:
 
 def _folder_matches(folder: Path, config: DataConfig) -> list[Path]:
     if ".." in Path(config.glob).parts or Path(config.glob).is_absolute() or not config.glob:
-        raise DataError(f"--data.glob {config.glob!r} must be a pattern inside the folder, like '**/*.txt'")
+        raise DataError(
+            f"--data.glob {config.glob!r} must be a pattern inside the folder, like '**/*.txt'"
+        )
     try:
         matches = [
             match
@@ -121,8 +127,8 @@ def _folder_matches(folder: Path, config: DataConfig) -> list[Path]:
     ]
     if not matches:
         raise DataError(
-            f"--data.path {str(folder)!r} has no file that matches --data.glob {config.glob!r} (hidden ones are"
-            " left out); change the pattern or the folder"
+            f"--data.path {str(folder)!r} has no file that matches --data.glob {config.glob!r}"
+            " (hidden ones are left out); change the pattern or the folder"
         )
     return sorted(matches, key=lambda match: match.relative_to(folder).as_posix())
 
@@ -131,8 +137,9 @@ def _source_file(path: Path, config: DataConfig) -> SourceFile:
     kind = config.format if config.format != "auto" else _ENDINGS.get(path.suffix.lower())
     if kind is None:
         raise DataError(
-            f"{path}: cannot tell its format from the ending {path.suffix!r} (known: .jsonl, .parquet, .bin,"
-            " and text endings such as .txt, .md, .py); set --data.format, or leave the file out with --data.glob"
+            f"{path}: cannot tell its format from the ending {path.suffix!r} (known: .jsonl,"
+            " .parquet, .bin, and text endings such as .txt, .md, .py); set --data.format, or"
+            " leave the file out with --data.glob"
         )
     stat = path.stat()
     shard = _shard_meta(path) if kind == "tokens" else None
@@ -148,7 +155,8 @@ def _stdlib_files() -> list[SourceFile]:
     ]
     if not matches:
         raise DataError(
-            f"--data.path {STDLIB!r}: no *.py files in {root}; this Python ships without its sources, so give files"
+            f"--data.path {STDLIB!r}: no *.py files in {root}; this Python ships without its"
+            " sources, so give files"
         )
     files = []
     for match in sorted(matches, key=lambda match: match.relative_to(root).as_posix()):
@@ -177,7 +185,8 @@ def _shard_meta(path: Path) -> ShardMeta:
         raise DataError(f"{meta_path}: {fields} must be {shape}")
     if not 0 <= meta.end_of_text_id < meta.vocab_size:
         raise DataError(
-            f"{meta_path}: end_of_text_id={meta.end_of_text_id} must be in [0, vocab_size={meta.vocab_size})"
+            f"{meta_path}: end_of_text_id={meta.end_of_text_id} must be in [0,"
+            f" vocab_size={meta.vocab_size})"
         )
     return meta
 
@@ -215,13 +224,14 @@ def _text_documents(file: SourceFile) -> Iterator[Document | None]:
                     yield None
                     return
                 raise DataError(
-                    f"{file.path} is not UTF-8 text (byte {offset + error.start}: {error.reason}); convert it, leave"
-                    " it out with --data.glob, or set --data.format if it is not text"
+                    f"{file.path} is not UTF-8 text (byte {offset + error.start}:"
+                    f" {error.reason}); convert it, leave it out with --data.glob, or set"
+                    " --data.format if it is not text"
                 ) from error
             if "\0" in text:
                 raise DataError(
-                    f"{file.path} is a binary file (byte {offset + piece.index(0)} is zero); leave it out with"
-                    " --data.glob, or set --data.format if it is not text"
+                    f"{file.path} is a binary file (byte {offset + piece.index(0)} is zero);"
+                    " leave it out with --data.glob, or set --data.format if it is not text"
                 )
             yield Document(text, str(file.path) if offset == 0 else f"{file.path}, byte {offset}")
 
@@ -240,7 +250,7 @@ def _pieces(stream: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _cut(piece: bytes) -> int:
-    """Length of `piece` up to its last empty line, else line end, else whole character; at least half of it."""
+    """Length of `piece` to its last empty line or line end, if past the middle, else character."""
     for border in (b"\n\n", b"\n"):
         cut = piece.rfind(border) + len(border)
         if cut > len(piece) // 2:
@@ -278,11 +288,13 @@ def _parquet_documents(path: Path, column: str) -> Iterator[Document]:
             schema = parquet.schema_arrow
             if column not in schema.names:
                 raise DataError(
-                    f"{path}: no column {column!r} (columns: {', '.join(schema.names)}); set --data.text-column"
+                    f"{path}: no column {column!r} (columns: {', '.join(schema.names)}); set"
+                    " --data.text-column"
                 )
             if not _is_text(schema.field(column).type):
                 raise DataError(
-                    f"{path}: column {column!r} holds {schema.field(column).type}, not text; set --data.text-column"
+                    f"{path}: column {column!r} holds {schema.field(column).type}, not text; set"
+                    " --data.text-column"
                 )
             row = 0
             for batch in parquet.iter_batches(_PARQUET_ROWS, columns=[column]):
@@ -303,8 +315,8 @@ def _is_text(kind: pa.DataType) -> bool:
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: {column!r} holds {'null' if value is None else type(value).__name__}, not text; mend or"
-            " remove it, or set --data.text-column"
+            f"{where}: {column!r} holds {'null' if value is None else type(value).__name__}, not"
+            " text; mend or remove it, or set --data.text-column"
         )
     return value
 
@@ -325,8 +337,9 @@ def _shard_documents(file: SourceFile) -> Iterator[Document]:
         if chunk.max() >= meta.vocab_size:
             position = int(np.argmax(chunk >= meta.vocab_size))
             raise DataError(
-                f"{path}: token {start + position} is {chunk[position]}, but ids must be below vocab_size="
-                f"{meta.vocab_size} of its {SHARD_META}; tokenise again, or correct {SHARD_META}"
+                f"{path}: token {start + position} is {chunk[position]}, but ids must be below"
+                f" vocab_size={meta.vocab_size} of its {SHARD_META}; tokenise again, or correct"
+                f" {SHARD_META}"
             )
         ends.append(np.flatnonzero(chunk == meta.end_of_text_id) + start)
     start = 0

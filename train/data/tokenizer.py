@@ -1,4 +1,7 @@
-"""Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2), trained or loaded."""
+"""Byte-level byte-pair encoding, trained or loaded.
+
+Sennrich et al. 2016, arXiv:1508.07909, on bytes as in GPT-2 (Radford et al. 2019).
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from train.data.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-# The names that published tokenizers give to the token that closes a document; the first one present is taken.
+# The names that published tokenizers give to the token that closes a document; the first one
+# present is taken.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 _SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of text
@@ -27,14 +31,15 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise DataError(
-            f"--model.vocab-size={vocab_size} must be at least {_SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT})"
-            " to train a tokenizer; raise it, or load one with --data.tokenizer"
+            f"--model.vocab-size={vocab_size} must be at least {_SMALLEST_VOCABULARY} (256 bytes"
+            f" and {END_OF_TEXT}) to train a tokenizer; raise it, or load one with --data.tokenizer"
         )
     first = next(texts, None)
     if first is None:
         raise DataError(
-            "no training text for the tokenizer: every document is held out for validation or longer than"
-            " --data.tokenizer-training-bytes; give more text, raise that limit, or load one with --data.tokenizer"
+            "no training text for the tokenizer: every document is held out for validation or"
+            " longer than --data.tokenizer-training-bytes; give more text, raise that limit, or"
+            " load one with --data.tokenizer"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,10 +75,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def parse_tokenizer(text: str, name: str) -> Tokenizer:
-    """Builds a tokenizer from the JSON text of a `tokenizer.json`, set up to encode whole documents.
+    """Builds a tokenizer from the text of a `tokenizer.json`, set up to encode whole documents.
 
-    Truncation and padding are off, and the text of a special token in a document is encoded as plain text: a document
-    cannot forge the end of a document.
+    Truncation and padding are off, and the text of a special token in a document is encoded as
+    plain text: a document cannot forge the end of a document.
 
     Args:
       text: content of a `tokenizer.json`.
@@ -102,7 +107,7 @@ def end_of_text_id(tokenizer: Tokenizer, name: str = "the tokenizer") -> int:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id; the ids may have gaps, so this can be above the number of tokens."""
+    """One more than the largest id; with gaps in the ids, above the number of tokens."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
@@ -111,8 +116,8 @@ def require_vocabulary(size: int, vocab_size: int, name: str) -> None:
     if size > vocab_size:
         rounded = -(-size // 64) * 64
         raise DataError(
-            f"{name} has ids up to {size - 1}, but --model.vocab-size={vocab_size}; set --model.vocab-size {rounded}"
-            " or choose another tokenizer"
+            f"{name} has ids up to {size - 1}, but --model.vocab-size={vocab_size}; set"
+            f" --model.vocab-size {rounded} or choose another tokenizer"
         )
 
 
