@@ -1,0 +1,98 @@
+"""Argument checks, one test for each rejection, and the choice of an implementation."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import flash_attention, flash_attention_choice, hardware
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ids(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+Q, KV = array(2, 8, 4, 64), array(2, 16, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "options", "message"),
+    [
+        (array(8, 4, 64), KV, KV, {}, r"q\.shape=\(8, 4, 64\) must be \[batch, length"),
+        (Q, array(16, 2, 64), KV, {}, r"k\.shape=\(16, 2, 64\) must be \[batch, length"),
+        (Q, KV, array(16, 2, 64), {}, r"v\.shape=\(16, 2, 64\) must be \[batch, length"),
+        (Q, array(2, 0, 2, 64), KV, {}, r"k\.shape=\(2, 0, 2, 64\) .* no empty dimension"),
+        (array(2, 8, 4, 64, dtype=jnp.int8), KV, KV, {}, r"q\.dtype=int8 must be bfloat16"),
+        (Q, array(2, 16, 2, 64, dtype=jnp.float32), KV, {}, r"k\.dtype=float32 .* the same for"),
+        (Q, KV, array(2, 16, 2, 64, dtype=jnp.float16), {}, r"v\.dtype=float16 .* the same for"),
+        (Q, array(3, 16, 2, 64), KV, {}, r"k\.shape=\(3, .* must have the batch and head dim"),
+        (Q, KV, array(2, 16, 2, 32), {}, r"v\.shape=.*32\) must have the batch and head dim"),
+        (Q, KV, array(2, 8, 2, 64), {}, r"v\.shape=\(2, 8, 2, 64\) must equal k\.shape"),
+        (array(2, 8, 3, 64), KV, KV, {}, r"q\.shape\[2\]=3 query heads must be a multiple of"),
+        (Q, KV, KV, dict(q_segment_ids=ids(2, 8)), r"kv_segment_ids=None must be given"),
+        (Q, KV, KV, dict(kv_segment_ids=ids(2, 16)), r"q_segment_ids=None must be given"),
+        (
+            Q,
+            KV,
+            KV,
+            dict(q_segment_ids=ids(2, 9), kv_segment_ids=ids(2, 16)),
+            r"q_segment_ids is int32\[2, 9\], must be int32\[2, 8\]",
+        ),
+        (
+            Q,
+            KV,
+            KV,
+            dict(q_segment_ids=ids(2, 8), kv_segment_ids=ids(2, 16, dtype=jnp.int8)),
+            r"kv_segment_ids is int8\[2, 16\], must be int32\[2, 16\]",
+        ),
+        (Q, KV, KV, dict(local_window_size=-2), "local_window_size=-2 must be an int >= 0"),
+        (Q, KV, KV, dict(softmax_scale=0.0), "softmax_scale=0.0 must be a positive Python float"),
+        (Q, KV, KV, dict(softmax_scale=jnp.ones(())), "softmax_scale=.* must be a positive"),
+        (Q, KV, KV, dict(precision="fp4"), "precision='fp4' must be one of"),
+        (Q, KV, KV, dict(implementation="triton"), "implementation='triton' must be one of"),
+    ],
+)
+def test_rejects(q, k, v, options, message):
+    with pytest.raises(ValueError, match=message):
+        flash_attention_choice(q, k, v, **options)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_missing_precisions_say_what_is_missing(precision):
+    message = f"precision='{precision}' needs the {precision} sm_90 kernels.* use precision='bf16'"
+    with pytest.raises(NotImplementedError, match=message):
+        flash_attention_choice(Q, KV, KV, precision=precision)
+
+
+def test_on_a_cpu_the_choice_is_xla_and_says_why_not_the_others():
+    choice = flash_attention_choice(Q, KV, KV, is_causal=True)
+    assert choice.implementation == "xla"
+    assert "not cudnn: cuDNN attention needs a Hopper GPU" in choice.reason
+
+
+def test_an_asked_for_implementation_that_cannot_run_raises_with_the_reason():
+    for implementation in ("cudnn", "mosaic"):
+        with pytest.raises(NotImplementedError, match=f"'{implementation}' cannot run: .*; use"):
+            x = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
+            flash_attention(x, x, x, implementation=implementation)
+
+
+def test_on_a_hopper_gpu_the_choice_is_cudnn_where_it_can():
+    with hardware.assume_device_kind("NVIDIA H200"):
+        assert flash_attention_choice(Q, KV, KV, is_causal=True).implementation == "cudnn"
+        f32 = array(2, 8, 4, 64, dtype=jnp.float32)
+        choice = flash_attention_choice(f32, f32, f32)
+        assert choice.implementation == "xla"
+        assert "not cudnn: q.dtype=float32 is not one of" in choice.reason
+
+
+def test_lse_is_returned_on_request():
+    x = jnp.zeros((2, 8, 4, 16))
+    out, lse = flash_attention(x, x, x, return_lse=True)
+    assert out.shape == x.shape
+    # Eight equal logits of 0: log 8.
+    assert lse.shape == (2, 8, 4)
+    assert jnp.allclose(lse, 2.0794415)
