@@ -68,7 +68,7 @@ class ModelConfig:
     """Key and value heads; divides num_heads."""
     head_dim: int = 0
     """Width of one head; 0 means hidden_size / num_heads."""
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     """Rows of the embedding; token ids are below it."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
@@ -172,11 +172,11 @@ class DataConfig:
     """Field of a JSONL line or column of a Parquet file that holds the text."""
     tokenizer: str = ""
     """A tokenizer.json to load; empty trains a byte-level BPE of model.vocab-size tokens."""
-    tokenizer_training_bytes: int = 32_000_000
+    tokenizer_training_bytes: int = 8_000_000
     """At most this much text trains the tokenizer."""
     max_bytes: int = 0
     """Read at most this much text; 0 means all."""
-    sequence_length: int = 256
+    sequence_length: int = 128
     """Tokens of one training sequence."""
     batch_size: int = 16
     """Sequences of one optimizer step, over all devices and microbatches."""
@@ -213,7 +213,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw (arXiv:1711.05101), or muon on the matrices of the blocks with adamw on the rest."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate (of adamw, and of the adamw part of muon)."""
     muon_learning_rate: float = 2e-2
     """Peak learning rate of the matrices under muon."""

@@ -140,8 +140,10 @@ class Dataset:
             yield self._pack(self._cache.validation, batch)
 
     def save_tokenizer(self, path: str | Path) -> None:
-        """Writes the tokenizer as `tokenizer.json` to `path`."""
-        Path(path).write_text(self.tokenizer.to_str(pretty=True), "utf-8")
+        """Writes the tokenizer as a `tokenizer.json` to `path`, whole or not at all."""
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.write_text(self.tokenizer.to_str(pretty=True), "utf-8")
+        temporary.replace(path)
 
     def _pack(self, stream: TokenStream, numbers: np.ndarray) -> Batch:
         data = self._config.data
