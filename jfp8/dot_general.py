@@ -1,38 +1,52 @@
 """The differentiable FP8 dot; the one place where scaling state rides a cotangent.
 
-lhs [M, K] and rhs [K, N] (or [B, M, K] and [B, K, N]) are cast to 8 bits once, and three GEMMs use the casts:
+lhs [M, K] and rhs [K, N] (or [B, M, K] and [B, K, N]) are cast to 8 bits once, and three GEMMs use
+the casts:
 
     fwd    out [M, N] = lhs  . rhs       contracts K   fast accumulation
     dgrad  dlhs[M, K] = grad . rhs^T     contracts N   exact accumulation
-    wgrad  drhs[K, N] = lhs^T . grad     contracts M   exact accumulation (M, all the tokens, is the long one)
+    wgrad  drhs[K, N] = lhs^T . grad     contracts M   exact accumulation; M is all the tokens
 
-Each is a direct FP8 `lax.dot_general` times a scalar: XLA would also accept a 16-bit dot of dequantised values, but
-falls back to 16 bits *silently* where its pattern does not match. Scales are powers of two, so the multiplication
-after the GEMM is exact in the dtype of its output.
+Each is a direct FP8 `lax.dot_general` times a scalar. XLA would also accept a 16-bit dot of
+dequantised values, but where its pattern does not match it *silently* runs in 16 bits. Scales are
+powers of two, so the multiplication after the GEMM is exact in the dtype of its output; XLA folds
+it into the GEMM.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from jfp8.quantize import current_scale, group_amax_bits, observe, quantize
+from jfp8.quantize import (
+    current_scale,
+    group_amax_bits,
+    observe,
+    quantize,
+    sampled_elements,
+    statistics,
+)
 from jfp8.recipe import Recipe
 from jfp8.scaling import BINS, GRAD, LHS, RHS, SLOTS, ScalingState
 
-ALIGNMENT = 16  # cuBLASLt and wgmma take 8-bit operands in units of 16 bytes.
-RESIDUAL_NAMES = ("fp8_lhs", "fp8_rhs", "fp8_observation")
-"""`checkpoint_name`s of all that the backward pass needs; a remat policy that saves them recomputes no GEMM."""
+ALIGNMENT = 16
+"""cuBLASLt and wgmma take 8-bit operands in units of 16 bytes."""
+RESIDUAL_NAMES = ("fp8_lhs", "fp8_rhs", "fp8_statistics")
+"""`checkpoint_name`s of what the backward pass needs; with a remat policy that saves them, such as
+`jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)`, it recomputes no GEMM."""
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
 
-DotDimensionNumbers = Any  # as in jax.lax.dot_general
+type DotDimensionNumbers = tuple[
+    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,20 +68,21 @@ def dot_general(
 ) -> jax.Array:
     """Multiplies `lhs` and `rhs` in FP8; differentiable.
 
-    out ~= quantize(lhs) . quantize(rhs) * (scale_lhs * scale_rhs), and the backward GEMMs use the same casts and the
-    quantised gradient. The gradient with respect to `state` is the *observation* of the step for `jfp8.update`; add or
-    average it like any other gradient.
+    out ~= quantize(lhs) . quantize(rhs) * (scale_lhs * scale_rhs); the backward GEMMs use the same
+    casts and the quantised gradient. The gradient with respect to `state` is the *observation* of
+    the step for `jfp8.update`; add or average it like any other gradient.
 
     Args:
       lhs: bfloat16 or float32; an activation.
-      rhs: bfloat16 or float32, not necessarily as lhs: a float32 master weight is quantised directly.
-      dimension_numbers: as in `jax.lax.dot_general`. The contracted size K and the products M and N of the free sizes
-        of lhs and rhs must be multiples of 16.
-      state: of this dot (`jfp8.init_state`), unstacked; ignored, and None accepted, by the bf16 recipe.
+      rhs: bfloat16 or float32, not necessarily as lhs: a float32 master weight is quantised
+        directly.
+      dimension_numbers: as in `jax.lax.dot_general`. For an FP8 recipe the contracted size K and
+        the products M and N of the free sizes of lhs and rhs are multiples of 16.
+      state: of this dot (`jfp8.init_state`), unstacked. The bf16 recipe ignores it, and takes None.
       recipe: static.
 
-    Returns: batch, free lhs, free rhs dimensions, as `jax.lax.dot_general`; in `lhs.dtype`. Its derivatives are in the
-      dtypes of lhs and of rhs, straight from the float32 accumulators of the GEMMs.
+    Returns: batch, free lhs and free rhs dimensions, as `jax.lax.dot_general`, in `lhs.dtype`. The
+      derivatives have the dtypes of lhs and rhs, straight from the accumulators of the GEMMs.
 
     Raises:
       ValueError: for a dtype, a size or a state that the recipe cannot take.
@@ -77,59 +92,59 @@ def dot_general(
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     lhs_free = _free(lhs, lhs_contract, lhs_batch)
     rhs_free = _free(rhs, rhs_contract, rhs_batch)
-    batch, m = _sizes(lhs, lhs_batch), _sizes(lhs, lhs_free)
-    k, n = _sizes(lhs, lhs_contract), _sizes(rhs, rhs_free)
-    _validate(lhs, rhs, state, recipe, m=math.prod(m), k=math.prod(k), n=math.prod(n))
+    batch, free_m = _sizes(lhs, lhs_batch), _sizes(lhs, lhs_free)
+    free_n = _sizes(rhs, rhs_free)
+    m, k, n = math.prod(free_m), math.prod(_sizes(lhs, lhs_contract)), math.prod(free_n)
+    _validate_operands(lhs, rhs, recipe, m=m, k=k, n=n)
     leading = (math.prod(batch),) if batch else ()
     # cuBLASLt's FP8 GEMM has one contracted and one free dimension per operand.
-    lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract)
-    rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free)
-    lhs = lhs.reshape(*leading, math.prod(m), math.prod(k))
-    rhs = rhs.reshape(*leading, math.prod(k), math.prod(n))
+    lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*leading, m, k)
+    rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*leading, k, n)
     static = _Static(recipe, lhs.dtype, rhs.dtype)
     if recipe.quantizes:
-        assert state is not None
+        state = _validated_state(state, recipe)
         out = _fp8_matmul(static, *_same_varying(lhs, rhs, state.scale, state.observation))
     else:
         out = _bf16_matmul(static, *_same_varying(lhs, rhs))
-    return out.reshape(*batch, *m, *n)
+    return out.reshape(*batch, *free_m, *free_n)
 
 
-def _free(operand: jax.Array, contract: Any, batch: Any) -> list[int]:
+def _free(operand: jax.Array, contract: Sequence[int], batch: Sequence[int]) -> list[int]:
     return [d for d in range(operand.ndim) if d not in contract and d not in batch]
 
 
-def _sizes(operand: jax.Array, dimensions: Any) -> tuple[int, ...]:
+def _sizes(operand: jax.Array, dimensions: Sequence[int]) -> tuple[int, ...]:
     return tuple(operand.shape[d] for d in dimensions)
 
 
-def _validate(
-    lhs: jax.Array, rhs: jax.Array, state: ScalingState | None, recipe: Recipe, **sizes: int
-) -> None:
+def _validate_operands(lhs: jax.Array, rhs: jax.Array, recipe: Recipe, **sizes: int) -> None:
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if operand.dtype not in _DTYPES:
             raise ValueError(
-                f"{name}.dtype={operand.dtype} must be bfloat16 or float32 (float16 cannot hold the sums of FP8"
-                f" products); cast {name} first"
+                f"{name}.dtype={operand.dtype} must be bfloat16 or float32 (float16 cannot hold the"
+                f" sums of FP8 products); cast {name} first"
             )
-    if not recipe.quantizes:
-        return
-    for size_name, size in sizes.items():
-        if size == 0 or size % ALIGNMENT:
+    for name, size in sizes.items():
+        if recipe.quantizes and (size == 0 or size % ALIGNMENT):
             raise ValueError(
-                f"{size_name.upper()}={size} must be a multiple of {ALIGNMENT} for recipe {recipe.name!r} (FP8 GEMMs;"
-                f" M, K and N are each contracted or contiguous in one of the three), with lhs.shape={lhs.shape} and"
-                f" rhs.shape={rhs.shape}; pad it, or use the bf16 recipe for this layer (Recipe.skip)"
+                f"{name.upper()}={size} must be a positive multiple of {ALIGNMENT} for recipe"
+                f" {recipe.name!r} (each of M, K and N is contracted by one of the three FP8 GEMMs),"
+                f" with lhs.shape={lhs.shape} and rhs.shape={rhs.shape}; pad it, or keep this layer"
+                " in bf16 (Recipe.skip)"
             )
+
+
+def _validated_state(state: ScalingState | None, recipe: Recipe) -> ScalingState:
     if not isinstance(state, ScalingState):
         raise ValueError(
-            f"state={type(state).__name__} must be a jfp8.ScalingState for recipe {recipe.name!r}; make one with"
-            " jfp8.init_state(recipe)"
+            f"state={type(state).__name__} must be a jfp8.ScalingState for recipe {recipe.name!r};"
+            " make one with jfp8.init_state(recipe)"
         )
     if state.scale.shape != (SLOTS,) or state.observation.shape != (SLOTS, BINS):
         raise ValueError(
-            f"state.scale.shape={state.scale.shape} must be ({SLOTS},) and state.observation.shape="
-            f"{state.observation.shape} must be ({SLOTS}, {BINS}); take one layer of a stacked state (scan, vmap)"
+            f"state.scale.shape={state.scale.shape} must be ({SLOTS},), and"
+            f" state.observation.shape={state.observation.shape} must be ({SLOTS}, {BINS});"
+            " take one layer of a stacked state (scan, vmap)"
         )
     if (
         recipe.name == "delayed"
@@ -138,17 +153,19 @@ def _validate(
         and np.isnan(state.scale[:GRAD]).any()
     ):
         raise ValueError(
-            f"state.scale={np.asarray(state.scale)} is not calibrated; run the first step with recipe.calibrating(),"
-            " or use Recipe(calibration='inline')"
+            f"state.scale={np.asarray(state.scale)} is not calibrated; run the first step with"
+            " recipe.calibrating(), or use Recipe(calibration='inline')"
         )
+    return state
 
 
 def _same_varying(*operands: jax.Array) -> tuple[jax.Array, ...]:
     """Under shard_map makes every operand vary over the same mesh axes.
 
-    The transpose of that cast is a psum of the cotangent: for an observation, the maximum over the devices.
+    The transpose of that cast is a psum of the cotangent: of an observation, the maximum over the
+    devices.
     """
-    axes = frozenset().union(*map(_varying, operands))
+    axes = frozenset[str]().union(*map(_varying, operands))
     return tuple(
         lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying") if axes - _varying(x) else x
         for x in operands
@@ -161,10 +178,15 @@ def _varying(x: jax.Array) -> frozenset[str]:
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
+# Contracted dimension of each operand, and accumulation of FP8 GEMMs.
+_FWD, _DGRAD, _WGRAD = (-1, -2), (-1, -1), (-2, -2)
+_FAST, _EXACT = lax.Precision.DEFAULT, lax.Precision.HIGHEST
+
+
 def _gemm(
     a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: np.dtype, precision: lax.Precision
 ) -> jax.Array:
-    """[B?] a . b contracting one dimension (counted from the last) of each; accumulated in float32, out in `dtype`."""
+    """Contracts one dimension of each of two matrices (or stacks), accumulating in float32."""
     batch = tuple(range(a.ndim - 2))
     return lax.dot_general(
         a,
@@ -173,10 +195,6 @@ def _gemm(
         precision=precision,
         preferred_element_type=dtype,
     )
-
-
-_FWD, _DGRAD, _WGRAD = (-1, -2), (-1, -1), (-2, -2)  # contracted dimension of each operand
-_FAST, _EXACT = lax.Precision.DEFAULT, lax.Precision.HIGHEST  # accumulation of FP8 GEMMs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -191,49 +209,72 @@ def _fp8_fwd(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     del probe  # only its cotangent matters
     with jax.named_scope("fp8_dot/quantize_lhs"):
-        q_lhs, lhs_scale, lhs_seen = _quantize_observed(lhs, scale[LHS], LHS, static.recipe)
+        q_lhs, lhs_scale, lhs_seen = _quantize(lhs, scale[LHS], LHS, static.recipe)
+        q_lhs = _materialize(q_lhs)
     with jax.named_scope("fp8_dot/quantize_rhs"):
-        q_rhs, rhs_scale, rhs_seen = _quantize_observed(rhs, scale[RHS], RHS, static.recipe)
+        q_rhs, rhs_scale, rhs_seen = _quantize(rhs, scale[RHS], RHS, static.recipe)
+        q_rhs = _materialize(q_rhs)
     q_lhs = checkpoint_name(q_lhs, "fp8_lhs")
     q_rhs = checkpoint_name(q_rhs, "fp8_rhs")
-    small = (lhs_scale, rhs_scale, scale[GRAD], lhs_seen, rhs_seen)
-    small = tuple(checkpoint_name(x, "fp8_observation") for x in small)
+    # Two small arrays, not six: each costs a kernel of its own in a scan.
+    seen = checkpoint_name(jnp.stack([lhs_seen, rhs_seen]), "fp8_statistics")
+    scale = checkpoint_name(jnp.stack([lhs_scale, rhs_scale, scale[GRAD]]), "fp8_statistics")
     with jax.named_scope("fp8_dot/fwd"):
         out = _gemm(q_lhs, q_rhs, _FWD, static.lhs_dtype, _FAST)
         out *= (lhs_scale * rhs_scale).astype(out.dtype)
-    return out, (q_lhs, q_rhs, *small)
+    return out, (q_lhs, q_rhs, scale, seen)
 
 
 def _fp8_bwd(
     static: _Static, residuals: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    q_lhs, q_rhs, lhs_scale, rhs_scale, grad_scale, lhs_seen, rhs_seen = residuals
+    q_lhs, q_rhs, scale, seen = residuals
+    lhs_scale, rhs_scale = scale[LHS], scale[RHS]
     with jax.named_scope("fp8_dot/quantize_grad"):
-        q_grad, grad_scale, grad_seen = _quantize_observed(grad, grad_scale, GRAD, static.recipe)
+        q_grad, grad_scale, grad_seen = _quantize(grad, scale[GRAD], GRAD, static.recipe)
     with jax.named_scope("fp8_dot/dgrad"):
         dlhs = _gemm(q_grad, q_rhs, _DGRAD, static.lhs_dtype, _EXACT)
         dlhs *= (grad_scale * rhs_scale).astype(dlhs.dtype)
     with jax.named_scope("fp8_dot/wgrad"):
         drhs = _gemm(q_lhs, q_grad, _WGRAD, static.rhs_dtype, _EXACT)
         drhs *= (lhs_scale * grad_scale).astype(drhs.dtype)
-    return dlhs, drhs, None, jnp.stack([lhs_seen, rhs_seen, grad_seen])
+    with jax.named_scope("fp8_dot/observe"):
+        counted = tuple(sampled_elements(_rows(q)) for q in (q_lhs, q_rhs, q_grad))
+        seen = jnp.concatenate([seen, grad_seen[None]])
+        observation = observe(seen, counted, static.recipe.formats)
+    return dlhs, drhs, None, observation
 
 
 _fp8_matmul.defvjp(_fp8_fwd, _fp8_bwd)
 
 
-def _quantize_observed(
+def _quantize(
     x: jax.Array, scale: jax.Array, slot: int, recipe: Recipe
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The 8-bit x, the scale it has, and its observation."""
+    """The 8-bit x, the scale it has, and its statistics."""
     format = recipe.formats[slot]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     amax_bits = group_amax_bits(rows)
     if recipe.name == "current":
         scale = current_scale(amax_bits, format)
     elif recipe.calibration == "inline":
         scale = jnp.where(jnp.isnan(scale), current_scale(amax_bits, format), scale)
-    return quantize(x, scale, format), scale, observe(rows, amax_bits, scale, format)
+    return quantize(x, scale, format), scale, statistics(rows, amax_bits, scale, format)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _materialize(q: jax.Array) -> jax.Array:
+    """Makes XLA:GPU store q row-major, and transpose the 8-bit q where a GEMM needs it so.
+
+    Left alone, XLA moves the transpose through the cast: it transposes the whole stack of float32
+    weights of a scan, and then cannot fuse the amax with the cast (docs/fp8_state.md has the
+    passes). Not for gradients: their amax fuses with what produces them, their cast with its
+    transpose, and the barrier would only part the two.
+    """
+    return lax.optimization_barrier(with_layout_constraint(q, Layout(tuple(range(q.ndim)))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -244,9 +285,9 @@ def _bf16_matmul(static: _Static, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 def _bf16_fwd(
     static: _Static, lhs: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    cast = rhs.astype(lhs.dtype)
     with jax.named_scope("bf16_dot/fwd"):
-        return _gemm(lhs, cast, _FWD, static.lhs_dtype, _FAST), (lhs, rhs)
+        out = _gemm(lhs, rhs.astype(lhs.dtype), _FWD, static.lhs_dtype, _FAST)
+    return out, (lhs, rhs)
 
 
 def _bf16_bwd(

@@ -1,4 +1,4 @@
-"""The two 8-bit floating-point formats of Hopper's tensor cores (Micikevicius et al. 2022, arXiv:2209.05433)."""
+"""The two 8-bit floats of Hopper's tensor cores (Micikevicius et al. 2022, arXiv:2209.05433)."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ import numpy as np
 class Format:
     """An 8-bit float: its JAX dtype and the numbers that quantisation needs.
 
-    The largest value of both formats is 1.75 * 2**max_exponent, so one rule finds the smallest power-of-two scale of
-    either (`jfp8.scaling.scale_exponent`).
+    The largest value of both formats is 1.75 * 2**max_exponent, so one rule finds the smallest
+    power-of-two scale of either (`jfp8.scaling.scale_exponent`).
     """
 
     name: str
@@ -28,6 +28,6 @@ class Format:
 
 
 E4M3 = Format("e4m3", jnp.dtype(jnp.float8_e4m3fn), max_exponent=8, min_subnormal=2.0**-9)
-"""Four exponent bits, three mantissa bits, largest value 448, no infinity: activations and weights."""
+"""4 exponent and 3 mantissa bits, largest value 448, no infinity: activations and weights."""
 E5M2 = Format("e5m2", jnp.dtype(jnp.float8_e5m2), max_exponent=15, min_subnormal=2.0**-16)
-"""Five exponent bits, two mantissa bits, largest value 57344: gradients, whose tails are heavier."""
+"""5 exponent and 2 mantissa bits, largest value 57344: gradients, whose tails are heavier."""

@@ -1,4 +1,4 @@
-"""Casting a tensor to 8 bits and back, and observing what the cast needs."""
+"""Casting a tensor to 8 bits and back, and the statistics that say which scale it needs."""
 
 import math
 
@@ -7,12 +7,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from jfp8.formats import Format
-from jfp8.scaling import BINS, EXPONENT_MIN, EXPONENTS, NONFINITE, power_of_two, scale_exponent
+from jfp8.scaling import (
+    BINS,
+    EXPONENT_MIN,
+    EXPONENTS,
+    INFINITY_BITS,
+    NONFINITE,
+    power_of_two,
+    scale_exponent,
+)
 
-_INFINITY_BITS = 0x7F800000
-# Rows are reduced in this many groups, so that each device of a sharded tensor reduces its own groups alone.
-_MAX_ROW_GROUPS = 128
-_SAMPLE_STRIDE = 16
+GROUPS = 128
+"""Rows are reduced in up to this many groups, so that each device of a sharded tensor reduces its
+own groups alone and the sum over the groups is the only thing that crosses devices."""
+_SAMPLED_GROUP_ROWS = 16
 
 
 def quantize(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
@@ -23,11 +31,13 @@ def quantize(x: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
       scale: float32 `()`, a power of two, so that the division is exact.
       format: of the result.
 
-    Returns: `format.dtype`, shape of `x`. An infinity or a NaN of `x` becomes NaN: clipping would hide it.
+    Returns: `format.dtype`, shape of `x`. An infinity or a NaN becomes NaN: clipping would hide it.
     """
     scaled = x.astype(jnp.float32) * (1 / scale)
     clipped = jnp.clip(scaled, -format.max_value, format.max_value)
-    return jnp.where(jnp.isfinite(x), clipped, jnp.nan).astype(format.dtype)
+    # inf - inf is NaN. A select on isfinite would say the same, but XLA then transposes its
+    # predicate in a pass of its own where the transpose of the result is wanted.
+    return (clipped + (scaled - scaled)).astype(format.dtype)
 
 
 def dequantize(q: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -38,32 +48,42 @@ def dequantize(q: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> j
 def group_amax_bits(x: jax.Array) -> jax.Array:
     """The bits of the amax of each group of rows.
 
-    As integers the bits of non-negative floats sort like the floats, subnormals included, with infinity and NaN on
-    top: one integer maximum finds both the amax and the non-finite values.
+    As integers the bits of non-negative floats sort like the floats, subnormals included, with
+    infinity and NaN on top: one integer maximum finds the amax and the non-finite values.
 
     Args:
       x: `[rows, columns]`, float32 or bfloat16.
 
-    Returns: int32 `[groups]`; groups divides rows.
+    Returns: int32 `[groups]`; groups is the largest power of two up to 128 that divides rows.
     """
-    groups = math.gcd(x.shape[0], _MAX_ROW_GROUPS)
     magnitude = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
-    return magnitude.reshape(groups, -1, x.shape[1]).max(axis=(1, 2))
+    return _grouped(magnitude).max(axis=(1, 2))
+
+
+def _grouped(x: jax.Array) -> jax.Array:
+    return x.reshape(math.gcd(x.shape[0], GROUPS), -1, x.shape[1])
 
 
 def current_scale(amax_bits: jax.Array, format: Format) -> jax.Array:
-    """The smallest power-of-two scale that holds the tensor; 1 for an all-zero or non-finite one. float32 `()`."""
+    """The smallest power-of-two scale that holds a tensor.
+
+    Args:
+      amax_bits: int32 of any shape, the bits of the amax of its parts.
+      format: that the tensor is quantised to.
+
+    Returns: float32 `()`; 1 for an all-zero or a non-finite tensor.
+    """
     amax_bits = amax_bits.max()
-    exponent = scale_exponent(amax_bits, format)
-    usable = (amax_bits > 0) & (amax_bits < _INFINITY_BITS)
+    usable = (amax_bits > 0) & (amax_bits < INFINITY_BITS)
+    exponent = scale_exponent(amax_bits, format.max_exponent)
     return power_of_two(jnp.where(usable, exponent, 0))
 
 
-def observe(x: jax.Array, amax_bits: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
-    """The observation of a tensor that is quantised with `scale`; see `jfp8.scaling`.
+def statistics(x: jax.Array, amax_bits: jax.Array, scale: jax.Array, format: Format) -> jax.Array:
+    """What `observe` needs to know of a tensor that is quantised with `scale`.
 
-    Every group of rows contributes a one-hot and its counters, and the sum over the groups comes last: for a sharded
-    tensor XLA then needs one all-reduce of sums per observation, which it can merge with those of the gradients.
+    Saturation and underflow are counted on one row of each group (at most a 16th of the tensor),
+    or on all rows where a group has fewer than 16.
 
     Args:
       x: `[rows, columns]`.
@@ -71,25 +91,61 @@ def observe(x: jax.Array, amax_bits: jax.Array, scale: jax.Array, format: Format
       scale: float32 `()`.
       format: that `x` is quantised to.
 
-    Returns: float32 `[BINS]`. Saturation and underflow are counted on every 16th row, or on all rows of a tensor
-      with fewer than 16 rows per group.
+    Returns: int32 `[GROUPS, 3]`: bits of the amax, saturated, underflowed sampled elements of each
+      group; groups that `x` does not have are zero.
     """
-    groups = amax_bits.shape[0]
-    exponent_bin = scale_exponent(amax_bits, format) - EXPONENT_MIN
-    bin_index = jnp.where(amax_bits >= _INFINITY_BITS, NONFINITE, exponent_bin)
-    bin_index = jnp.where(amax_bits > 0, bin_index, -1)  # an all-zero tensor needs no scale
-    one_hot = bin_index[:, None] == jnp.arange(EXPONENTS + 1)
-    rows = x.reshape(groups, -1, x.shape[1])
-    stride = _SAMPLE_STRIDE if rows.shape[1] >= _SAMPLE_STRIDE else 1
-    sample = rows[:, ::stride]
+    sample = _sample(_grouped(x))
     magnitude = jnp.abs(sample.astype(jnp.float32)) * (1 / scale)
-    count = lambda where: jnp.sum(where, axis=(1, 2), dtype=jnp.float32)[:, None]
-    counters = [
-        count(magnitude > format.max_value),
-        # Half the smallest subnormal is a tie, which rounds to even: to zero.
-        count((magnitude <= format.min_subnormal / 2) & (sample != 0)),
-        jnp.full((groups, 1), sample.shape[1] * sample.shape[2], jnp.float32),
+    saturated = magnitude > format.max_value
+    # Half the smallest subnormal is a tie and rounds to even: to zero.
+    underflowed = (magnitude <= format.min_subnormal / 2) & (sample != 0)
+    columns = [
+        amax_bits,
+        saturated.sum(axis=(1, 2), dtype=jnp.int32),
+        underflowed.sum(axis=(1, 2), dtype=jnp.int32),
     ]
-    observation = jnp.concatenate([one_hot.astype(jnp.float32), *counters], axis=1).sum(axis=0)
-    assert observation.shape == (BINS,)
+    return jnp.pad(jnp.stack(columns, axis=1), ((0, GROUPS - len(amax_bits)), (0, 0)))
+
+
+def _sample(groups: jax.Array) -> jax.Array:
+    rows = groups.shape[1]
+    # The middle row: the first one may be the start of a document.
+    return groups if rows < _SAMPLED_GROUP_ROWS else groups[:, rows // 2 : rows // 2 + 1]
+
+
+def sampled_elements(x: jax.Array) -> int:
+    """How many elements of `x`, `[rows, columns]`, `statistics` counts."""
+    return math.prod(jax.eval_shape(lambda x: _sample(_grouped(x)), x).shape)
+
+
+def observe(seen: jax.Array, counted: tuple[int, ...], formats: tuple[Format, ...]) -> jax.Array:
+    """The observation of all the tensors of a dot; see `jfp8.scaling` for what it means.
+
+    Every group of rows adds a one-hot and its counters. The sum over the groups comes last and is
+    one for all slots: for sharded tensors XLA needs one all-reduce, a sum like the gradients'.
+
+    Args:
+      seen: int32 `[slots, GROUPS, 3]`, the `statistics` of each tensor.
+      counted: their `sampled_elements`.
+      formats: that they are quantised to.
+
+    Returns: float32 `[slots, BINS]`.
+    """
+    amax_bits, saturated, underflowed = jnp.moveaxis(seen, -1, 0)
+    max_exponents = jnp.asarray([[f.max_exponent] for f in formats], jnp.int32)
+    exponent_bin = scale_exponent(amax_bits, max_exponents) - EXPONENT_MIN
+    bin_index = jnp.where(amax_bits >= INFINITY_BITS, NONFINITE, exponent_bin)
+    bin_index = jnp.where(amax_bits > 0, bin_index, -1)  # an all-zero tensor needs no scale
+    one_hot = bin_index[..., None] == jnp.arange(EXPONENTS + 1)
+    per_group = jnp.asarray(counted, jnp.float32)[:, None] / GROUPS  # exact: a power of two
+    counters = jnp.stack(
+        [
+            saturated.astype(jnp.float32),
+            underflowed.astype(jnp.float32),
+            jnp.broadcast_to(per_group, saturated.shape),
+        ],
+        axis=-1,
+    )
+    observation = jnp.concatenate([one_hot.astype(jnp.float32), counters], axis=-1).sum(axis=1)
+    assert observation.shape == (len(formats), BINS)
     return observation

@@ -1,4 +1,4 @@
-"""What is quantised and where its scales come from: a frozen, hashable value that is static under `jax.jit`."""
+"""What is quantised and where its scales come from: a frozen value, static under `jax.jit`."""
 
 import dataclasses
 import fnmatch
@@ -17,8 +17,8 @@ class Recipe:
 
     - `bf16`: no quantisation; GEMMs in the dtype of the activations.
     - `delayed`: one scale per tensor, the smallest power of two that held the amax of the last
-      `amax_history_length` optimizer steps, times 2**margin. The quantisation needs no pass of its own over the
-      tensor (Transformer Engine's recipe, Micikevicius et al. 2022, arXiv:2209.05433).
+      `amax_history_length` optimizer steps, times 2**margin. No quantisation waits for an amax
+      (Transformer Engine's recipe, Micikevicius et al. 2022, arXiv:2209.05433).
     - `current`: one scale per tensor, from this very tensor; costs one more pass over it.
 
     Activations and weights are E4M3, gradients `gradient_format`.
@@ -26,14 +26,14 @@ class Recipe:
 
     name: RecipeName = "delayed"
     amax_history_length: int = 16
-    """Optimizer steps that a delayed scale looks back. Short, so that one outlier is forgotten soon."""
+    """Optimizer steps that a delayed scale looks back; short, so that an outlier is soon forgotten."""
     margin: int = 0
     """Extra powers of two of headroom in every delayed scale."""
     gradient_format: GradientFormat = "e5m2"
     calibration: Calibration = "inline"
-    """What a delayed scale without history does. inline: this call's own amax is used. explicit: the scale is NaN,
-    so misuse is loud, and the caller runs the first step with `recipe.calibrating()`; then no quantisation ever waits
-    for an amax."""
+    """What a delayed scale without history does. inline: it takes this call's own amax. explicit: it
+    is NaN, so misuse is loud; the caller runs the first step with `recipe.calibrating()`, and then
+    no quantisation ever waits for an amax."""
     skip: tuple[str, ...] = ()
     """Glob patterns of layer names that stay in bf16 (see `for_layer`)."""
 
@@ -64,15 +64,15 @@ class Recipe:
 
     @property
     def formats(self) -> tuple[Format, Format, Format]:
-        """Formats of lhs, rhs and gradient. lhs and rhs are E4M3: no hardware multiplies E5M2 by E5M2."""
+        """Formats of lhs, rhs and gradient. Never two E5M2: no hardware multiplies those."""
         return E4M3, E4M3, E5M2 if self.gradient_format == "e5m2" else E4M3
 
     def for_layer(self, name: str) -> "Recipe":
-        """The recipe of the layer called `name`: bf16 if a pattern of `skip` matches it, else this one."""
+        """The recipe of the layer called `name`: bf16 if a pattern of `skip` matches, else this."""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip):
             return dataclasses.replace(self, name="bf16")
         return self
 
     def calibrating(self) -> "Recipe":
-        """This recipe with every scale taken from the tensors of the step itself; same state structure."""
+        """This recipe with every scale from the tensors of the step itself; same state structure."""
         return dataclasses.replace(self, name="current") if self.quantizes else self

@@ -1,11 +1,12 @@
 """The scaling state of an FP8 dot and its update, correct by construction.
 
-Scales are powers of two. What a step sees of a tensor is an *observation*: a vector with a one in the bin of the scale
-exponent that the tensor needs, and a few counters. It leaves the backward pass as the cotangent of
-`ScalingState.observation`, and JAX adds cotangents. The highest nonzero bin of a sum of one-hots is the highest of
-them all, so the sum *is* the maximum: over two uses of a layer, microbatches (summed or averaged), `vmap`, `scan`,
-sharded and `shard_map` devices. No observation at all (an unused branch) leaves the state as it was; non-finite values
-have a bin of their own and never reach the history.
+Scales are powers of two. What a step sees of a tensor is an *observation*: a vector with a one in
+the bin of the scale exponent that the tensor needs, and a few counters. It leaves the backward pass
+as the cotangent of `ScalingState.observation`, and JAX adds cotangents. The highest nonzero bin of
+a sum of one-hots is the highest of them all, so the sum *is* the maximum: over two uses of a layer,
+microbatches (summed or averaged), `vmap`, `scan`, sharded and `shard_map` devices. No observation
+at all (an unused branch) leaves the state as it was; non-finite values have a bin of their own and
+never reach the history.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jfp8.formats import Format
 from jfp8.recipe import Recipe
 
-# Exponents of scales. The limits keep every scale, its inverse and the product of two of them normal float32 numbers;
-# 448 * 2**-63 is 5e-17, far below any amax of training.
+# Exponents of scales. The limits keep every scale, its inverse and the product of two of them normal
+# float32 numbers; a tensor whose amax is below 448 * 2**-63 = 5e-17 gets the smallest scale.
 EXPONENT_MIN, EXPONENT_MAX = -63, 63
 EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
 # Bins of an observation: one for each exponent, then
@@ -31,14 +31,19 @@ BINS = EXPONENTS + 4
 LHS, RHS, GRAD = 0, 1, 2  # slots
 SLOTS = 3
 
+INFINITY_BITS = 0x7F800000  # of float32; a NaN's are above
+
 
 class ScalingState(NamedTuple):
-    """Scaling state of one dot (or of many, stacked along leading axes). Slots: lhs, rhs, gradient of the output."""
+    """Scaling state of one dot, or of many stacked along leading axes.
+
+    The slots are lhs, rhs and the gradient of the output.
+    """
 
     scale: jax.Array
     """float32 `[..., 3]`: x ~= q * scale, powers of two; NaN until calibrated."""
     history: jax.Array
-    """float32 `[..., 3, H]`: scale exponents of the last H optimizer steps, newest first; -inf: none."""
+    """float32 `[..., 3, H]`: scale exponents of the last H steps, newest first; -inf: none."""
     observation: jax.Array
     """float32 `[..., 3, BINS]`: always zero; its *cotangent* is the observation of the step."""
 
@@ -51,9 +56,9 @@ class Health(NamedTuple):
     underflowed_fraction: jax.Array
     """Share of the sampled elements that are not zero but were quantised to zero."""
     nonfinite: jax.Array
-    """Row groups that held an infinity or a NaN (zero is healthy); scaled like the gradients, if those are averaged."""
+    """Row groups with an infinity or a NaN (0 is healthy); averaged where gradients are averaged."""
     amax_edge: jax.Array
-    """Upper edge of the amax: the largest value that the observed scale can hold; 0 if nothing was observed."""
+    """Upper edge of the amax: the largest value that the scale it needs can hold; 0: not seen."""
 
 
 def init_state(recipe: Recipe) -> ScalingState:
@@ -65,38 +70,43 @@ def init_state(recipe: Recipe) -> ScalingState:
     )
 
 
-def scale_exponent(amax_bits: jax.Array, format: Format) -> jax.Array:
-    """The smallest e in [EXPONENT_MIN, EXPONENT_MAX] with amax <= format.max_value * 2**e.
+def scale_exponent(amax_bits: jax.Array, max_exponent: jax.Array | int) -> jax.Array:
+    """The smallest e in [EXPONENT_MIN, EXPONENT_MAX] with amax <= 1.75 * 2**max_exponent * 2**e.
 
-    Works on the bits, so it is exact for every finite float32 including subnormals (`jnp.frexp` is not).
+    That is the exponent of amax less `max_exponent`, and one more if its mantissa is above 1.75.
+    On the bits it is exact for every finite float32, subnormals included (`jnp.frexp` is not).
 
     Args:
-      amax_bits: int32, the bits of a float32 >= 0 (`magnitude_bits`).
-      format: its largest value is 1.75 * 2**n, so e is the exponent of amax less n, and one more if its mantissa
-        is above 1.75.
+      amax_bits: int32, the bits of a float32 >= 0.
+      max_exponent: of the format, whose largest value is 1.75 * 2**max_exponent.
 
-    Returns: int32 of the same shape.
+    Returns: int32 of the broadcast shape.
     """
     above = (amax_bits & 0x7FFFFF) > 0x600000
-    exponent = (amax_bits >> 23) - 127 - format.max_exponent + above
+    exponent = (amax_bits >> 23) - 127 - max_exponent + above
     return jnp.clip(exponent, EXPONENT_MIN, EXPONENT_MAX)
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
-    """2**exponent as float32, exactly (`jnp.exp2` is off by an ulp on some devices). int32 in [-126, 127]."""
+    """2**exponent as float32, exactly (`jnp.exp2` may be off by an ulp).
+
+    Args:
+      exponent: a whole number in [-126, 127] of any dtype and shape.
+    """
     return lax.bitcast_convert_type((exponent.astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
 def update(states: Any, observed: Any, recipe: Recipe) -> Any:
     """The scaling states of the next optimizer step. Pure; call it once per optimizer step.
 
-    A slot with an observation pushes its exponent onto the history, and its scale becomes 2**(max(history) + margin).
-    A slot without one (unused layer, all-zero or non-finite tensor) is left as it was.
+    A slot with an observation pushes its exponent onto the history, and its scale becomes
+    2**(max(history) + margin). A slot without one (unused layer, all-zero or non-finite tensor)
+    stays as it was.
 
     Args:
       states: any pytree of `ScalingState`, also with leading axes stacked by `scan` or `vmap`.
-      observed: the gradient of the loss with respect to `states`; same structure. Sums and means over microbatches
-        and devices are fine.
+      observed: the gradient of the loss with respect to `states`; same structure. Sums and means
+        over microbatches and devices are fine.
       recipe: the one that the dots ran with (its `calibrating()` twin gives the same result).
 
     Returns: the new states; same structure, shapes and dtypes.
@@ -120,8 +130,8 @@ def _update(state: ScalingState, observation: jax.Array, margin: int) -> Scaling
 
 
 def _highest_exponent(observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Highest exponent (float32) whose bin is above zero, and whether there is one. NaN is not above zero."""
-    hit = observation[..., :EXPONENTS] > 0
+    """Highest exponent (float32) whose bin is above zero, and whether there is one."""
+    hit = observation[..., :EXPONENTS] > 0  # false for a NaN
     exponent = EXPONENT_MAX - jnp.argmax(hit[..., ::-1], axis=-1)
     return exponent.astype(jnp.float32), hit.any(axis=-1)
 
