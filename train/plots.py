@@ -1,0 +1,180 @@
+"""Loss curves as a picture, from metrics.jsonl alone."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from train.metrics import Metrics, read_metrics
+from train.run_directory import atomic_write
+
+SMOOTHING = 0.05
+"""Losses are averaged over this share of the reference run's tokens, up to the point shown."""
+TOLERANCE = 0.005
+"""Relative gap to the reference that the lower panel marks."""
+
+# Okabe and Ito's palette, which colour-blind readers tell apart; the reference run is near black.
+_COLORS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_BAND_COLOR = "#999999"
+
+
+class Curve:
+    """The training losses of one run against tokens, without the non-finite ones."""
+
+    def __init__(self, metrics: Metrics, label: str = ""):
+        """Takes the loss of each train record that has one."""
+        points = [
+            (record["tokens"], record["loss_nats"])
+            for record in metrics.train
+            if record.get("loss_nats") is not None
+        ]
+        self.label = label or metrics.name
+        self.tokens = np.array([tokens for tokens, _ in points], np.float64)
+        self.loss = np.array([loss for _, loss in points], np.float64)
+
+    def smoothed(self, window_tokens: float) -> np.ndarray:
+        """Returns the mean loss of the last `window_tokens` tokens up to each point, float64."""
+        first = np.searchsorted(self.tokens, self.tokens - window_tokens, side="right")
+        sums = np.concatenate([[0.0], np.cumsum(self.loss)])
+        last = np.arange(1, len(self.loss) + 1)
+        return (sums[last] - sums[first]) / (last - first)
+
+    def at(self, tokens: np.ndarray, window_tokens: float) -> np.ndarray:
+        """Returns the smoothed loss at `tokens`, NaN beyond the run's own range."""
+        if not len(self.tokens):
+            return np.full(np.shape(tokens), np.nan)
+        smoothed = self.smoothed(window_tokens)
+        return np.interp(tokens, self.tokens, smoothed, left=np.nan, right=np.nan)
+
+
+def smoothing_window(reference: Curve) -> float:
+    """Returns the tokens that losses are averaged over when compared with `reference`."""
+    return SMOOTHING * float(reference.tokens[-1]) if len(reference.tokens) else 0.0
+
+
+def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Path] = ()) -> None:
+    """Draws the loss curves of runs, and below them the gaps to the first run.
+
+    Raw losses are faint, smoothed ones strong, validation losses are dots. A single run without a
+    band gets no lower panel.
+
+    Args:
+      run_directories: at least one; the first is the reference.
+      path: the picture to write; its ending says the format.
+      band: runs that differ by their seed alone; the range of their losses is shaded.
+
+    Raises:
+      MetricsError: a run has no metrics.
+      OSError: `path` cannot be written.
+    """
+    runs = [read_metrics(directory) for directory in run_directories]
+    curves = [Curve(run) for run in runs]
+    band_curves = [Curve(read_metrics(directory)) for directory in band]
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    if len(curves) + len(band_curves) > 1:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
+        _draw_gaps(lower, curves, band_curves)
+        bottom = lower
+    else:
+        upper = bottom = figure.subplots()
+    _draw_losses(upper, runs, curves, band_curves)
+    bottom.set_xlabel("tokens")
+    bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _draw_caption(figure, runs[0])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
+    atomic_write(Path(path), buffer.getvalue())
+
+
+def _draw_losses(axes: Axes, runs: list[Metrics], curves: list[Curve], band: list[Curve]) -> None:
+    window = smoothing_window(curves[0])
+    if band:
+        low, high, grid = _range_of(band, curves[0].tokens, window)
+        names = ", ".join(curve.label for curve in band)
+        axes.fill_between(
+            grid, low, high, color=_BAND_COLOR, alpha=0.45, lw=0, label=f"range of {names}"
+        )
+    for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+        color = _COLORS[index % len(_COLORS)]
+        axes.plot(curve.tokens, curve.loss, color=color, alpha=0.25, lw=0.8)
+        axes.plot(curve.tokens, curve.smoothed(window), color=color, lw=1.6, label=curve.label)
+        measured = [r for r in run.validation if r.get("validation_loss_nats") is not None]
+        axes.plot(
+            [record["tokens"] for record in measured],
+            [record["validation_loss_nats"] for record in measured],
+            "o",
+            color=color,
+            ms=4,
+            mec="white",
+            mew=0.6,
+            label=f"{curve.label}, validation" if measured else None,
+        )
+    axes.set_ylabel("loss [nats per token]")
+    axes.set_ylim(_loss_limits(curves, window))
+    axes.legend(frameon=False, loc="upper right")
+    _style(axes)
+
+
+def _draw_gaps(axes: Axes, curves: list[Curve], band: list[Curve]) -> None:
+    reference, window = curves[0], smoothing_window(curves[0])
+    grid, base = reference.tokens, reference.smoothed(window)
+    if band:
+        low, high, _ = _range_of(band, grid, window)
+        axes.fill_between(
+            grid,
+            100 * (low / base - 1),
+            100 * (high / base - 1),
+            color=_BAND_COLOR,
+            alpha=0.45,
+            lw=0,
+        )
+    gaps = [100 * (curve.at(grid, window) / base - 1) for curve in curves]
+    for index, gap in enumerate(gaps):
+        axes.plot(grid, gap, color=_COLORS[index % len(_COLORS)], lw=1.6)
+    for sign in (-1, 1):
+        axes.axhline(sign * 100 * TOLERANCE, color="#666666", lw=0.9, ls=(0, (4, 3)))
+    # The first tenth, where losses fall steeply, may leave the panel.
+    late = np.concatenate([gap[len(gap) // 10 :] for gap in gaps])
+    largest = np.nanmax(np.abs(late), initial=0.0)
+    limit = 1.15 * max(largest, 200 * TOLERANCE)
+    axes.set_ylim(-limit, limit)
+    axes.set_ylabel(f"gap to\n{reference.label} [%]")
+    _style(axes)
+
+
+def _range_of(
+    curves: list[Curve], grid: np.ndarray, window: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    losses = np.stack([curve.at(grid, window) for curve in curves])
+    return losses.min(axis=0), losses.max(axis=0), grid
+
+
+def _loss_limits(curves: list[Curve], window: float) -> tuple[float, float]:
+    """Shows all of the smoothed curves, save the first fiftieth of a long run."""
+    smoothed = [curve.smoothed(window) for curve in curves]
+    shown = np.concatenate([loss[len(loss) // 50 :] for loss in smoothed])
+    raw = np.concatenate([curve.loss[len(curve.loss) // 2 :] for curve in curves])
+    if not len(shown):
+        return 0.0, 1.0
+    low, high = min(shown.min(), raw.min()), shown.max()
+    margin = 0.04 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _draw_caption(figure: Figure, run: Metrics) -> None:
+    starts = [e["message"] for e in run.events if str(e.get("message")).startswith("start at")]
+    share = f"mean over {SMOOTHING:.0%} of the tokens; faint: single steps"
+    figure.supxlabel("\n".join([share, *starts[-1:]]), fontsize=7, color="#666666")
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

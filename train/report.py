@@ -1,0 +1,172 @@
+"""Compares runs: `python -m train.report RUN... [--output FILE.png] [--band RUN RUN]`.
+
+Reads nothing but the runs' metrics.jsonl. The first run is the reference that gaps are relative to.
+"""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from train.metrics import Metrics, MetricsError, read_metrics
+from train.plots import Curve, plot_loss, smoothing_window
+
+_NONE = "-"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Prints the results of runs side by side and draws their loss curves."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories; the first is the reference."""
+    output: Path = Path("report.png")
+    """Where the picture goes (png, svg or pdf)."""
+    band: tuple[Path, ...] = ()
+    """Two or more runs that differ by their seed alone; the range of their losses is shaded."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    title: str
+    """What it is, with its unit."""
+    cells: list[str]
+    """One for each run."""
+
+
+def compare(runs: Sequence[Metrics]) -> list[Row]:
+    """Returns the table, a column for each run; gaps in per cent of the first run.
+
+    The gap of the training loss is taken where the shorter of the two runs ends, that of the
+    validation loss at the last step at which both were validated.
+    """
+    return [
+        Row("steps", [str(run.train[-1]["step"]) for run in runs]),
+        Row("tokens", [f"{run.train[-1]['tokens']:,}" for run in runs]),
+        Row("train loss, smoothed [nats]", _train_losses(runs)),
+        Row("validation loss [nats]", _validation_losses(runs)),
+        Row("tokens/s, median", _medians(runs, "tokens_per_s", lambda x: f"{x:,.0f}")),
+        Row("step time, median [s]", _medians(runs, "step_time_s", lambda x: f"{x:.4g}")),
+        Row("MFU, median", _medians(runs, "mfu", lambda x: f"{x:.1%}", with_gaps=False)),
+        Row("peak memory [GiB]", [_last(run, "memory_gib", "{:.2f}") for run in runs]),
+        Row("skipped steps", [_last(run, "skipped_steps", "{:.0f}") for run in runs]),
+        Row("FP8 saturated, worst", [_worst(run, "saturated_fraction") for run in runs]),
+        Row("FP8 underflowed, worst", [_worst(run, "underflowed_fraction") for run in runs]),
+    ]
+
+
+def format_table(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """Returns the table as text, columns aligned."""
+    table = [["", *names], *([row.title, *row.cells] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in table
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+      arguments: what follows the program name; None takes them from the command line.
+
+    Returns: 0, or 2 for runs that cannot be compared.
+    """
+    config = tyro.cli(ReportConfig, prog="python -m train.report", args=arguments)
+    try:
+        if len(config.band) == 1:
+            raise MetricsError(f"--band={config.band[0]} needs two runs or more: one has no range")
+        runs = [read_metrics(path) for path in config.runs]
+        plot_loss(config.runs, config.output, band=config.band)
+    except (MetricsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(format_table([run.name for run in runs], compare(runs)))
+    for run in runs:
+        if run.torn_lines:
+            print(f"note: {run.name}: {run.torn_lines} unreadable lines were passed over")
+    print(f"loss curves: {config.output}")
+    return 0
+
+
+def _train_losses(runs: Sequence[Metrics]) -> list[str]:
+    curves = [Curve(run) for run in runs]
+    reference, window = curves[0], smoothing_window(curves[0])
+    cells = []
+    for curve in curves:
+        if not len(curve.tokens) or not len(reference.tokens):
+            cells.append(_NONE)
+            continue
+        end = np.array([min(curve.tokens[-1], reference.tokens[-1])])
+        gap = (curve.at(end, window) / reference.at(end, window)).item() - 1
+        cells.append(_with_gap(f"{curve.smoothed(window)[-1]:.4f}", gap, curve is reference))
+    return cells
+
+
+def _validation_losses(runs: Sequence[Metrics]) -> list[str]:
+    losses = [
+        {
+            record["tokens"]: record["validation_loss_nats"]
+            for record in run.validation
+            if record.get("validation_loss_nats") is not None
+        }
+        for run in runs
+    ]
+    cells = []
+    for index, own in enumerate(losses):
+        common = sorted(own.keys() & losses[0].keys())
+        gap = own[common[-1]] / losses[0][common[-1]] - 1 if common else None
+        cells.append(_with_gap(f"{own[max(own)]:.4f}", gap, index == 0) if own else _NONE)
+    return cells
+
+
+def _medians(
+    runs: Sequence[Metrics], name: str, show: Callable[[float], str], *, with_gaps: bool = True
+) -> list[str]:
+    medians = []
+    for run in runs:
+        values = [r[name] for r in run.train if r.get(name) is not None]
+        medians.append(statistics.median(values) if values else None)
+    cells = []
+    for index, value in enumerate(medians):
+        gap = value / medians[0] - 1 if with_gaps and value and medians[0] else None
+        cells.append(_NONE if value is None else _with_gap(show(value), gap, index == 0))
+    return cells
+
+
+def _with_gap(text: str, gap: float | None, is_reference: bool) -> str:
+    if is_reference:
+        return text
+    return f"{text} ({gap:+.2%})" if gap is not None and np.isfinite(gap) else f"{text} (no gap)"
+
+
+def _last(run: Metrics, name: str, form: str) -> str:
+    value = run.train[-1].get(name)
+    return _NONE if value is None else form.format(value)
+
+
+def _worst(run: Metrics, quantity: str) -> str:
+    """Returns the largest value of any tensor group over the run, and the group's name."""
+    worst: tuple[float, str] | None = None
+    for record in run.train:
+        for name, value in record.items():
+            if name.startswith("fp8/") and name.endswith(f"/{quantity}") and value is not None:
+                group = name.removeprefix("fp8/").removesuffix(f"/{quantity}")
+                worst = max(worst or (0.0, group), (value, group))
+    return f"{worst[0]:.2e} ({worst[1]})" if worst else _NONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
