@@ -1,8 +1,8 @@
 """FP8 training for JAX on NVIDIA Hopper: a dot whose scaling state is correct by construction.
 
 Convention: a *scale* is always the factor of dequantisation, x ~= q * scale, and a power of two.
-docs/fp8_state.md explains the state. `jfp8.nnx` and `jfp8.linen` hold the Flax layers, `jfp8.diagnostics` the proof
-that FP8 is what runs; import them by name.
+docs/fp8_state.md explains the state. `jfp8.nnx` and `jfp8.linen` hold the Flax layers,
+`jfp8.diagnostics` the proof that FP8 is what runs; import those three by name.
 """
 
 from jfp8.dot_general import RESIDUAL_NAMES, dot_general

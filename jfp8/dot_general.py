@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jfp8.quantize import (
     current_scale,
@@ -56,6 +57,9 @@ class _Static:
     recipe: Recipe
     lhs_dtype: np.dtype
     rhs_dtype: np.dtype
+    # Of a mesh with explicit axes, where JAX asks how a contraction over a sharded dimension ends.
+    lhs_sharding: NamedSharding | None
+    rhs_sharding: NamedSharding | None
 
 
 def dot_general(
@@ -100,7 +104,8 @@ def dot_general(
     # cuBLASLt's FP8 GEMM has one contracted and one free dimension per operand.
     lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*leading, m, k)
     rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*leading, k, n)
-    static = _Static(recipe, lhs.dtype, rhs.dtype)
+    shardings = _explicit_sharding(lhs), _explicit_sharding(rhs)
+    static = _Static(recipe, lhs.dtype, rhs.dtype, *shardings)
     if recipe.quantizes:
         state = _validated_state(state, recipe)
         out = _fp8_matmul(static, *_same_varying(lhs, rhs, state.scale, state.observation))
@@ -128,7 +133,7 @@ def _validate_operands(lhs: jax.Array, rhs: jax.Array, recipe: Recipe, **sizes: 
         if recipe.quantizes and (size == 0 or size % ALIGNMENT):
             raise ValueError(
                 f"{name.upper()}={size} must be a positive multiple of {ALIGNMENT} for recipe"
-                f" {recipe.name!r} (each of M, K and N is contracted by one of the three FP8 GEMMs),"
+                f" {recipe.name!r} (one of the three FP8 GEMMs contracts it),"
                 f" with lhs.shape={lhs.shape} and rhs.shape={rhs.shape}; pad it, or keep this layer"
                 " in bf16 (Recipe.skip)"
             )
@@ -178,13 +183,28 @@ def _varying(x: jax.Array) -> frozenset[str]:
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
+def _explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    sharding = _explicit_sharding(x)
+    return x if sharding is None else reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 # Contracted dimension of each operand, and accumulation of FP8 GEMMs.
 _FWD, _DGRAD, _WGRAD = (-1, -2), (-1, -1), (-2, -2)
 _FAST, _EXACT = lax.Precision.DEFAULT, lax.Precision.HIGHEST
 
 
 def _gemm(
-    a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: np.dtype, precision: lax.Precision
+    a: jax.Array,
+    b: jax.Array,
+    contract: tuple[int, int],
+    dtype: np.dtype,
+    precision: lax.Precision,
+    sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """Contracts one dimension of each of two matrices (or stacks), accumulating in float32."""
     batch = tuple(range(a.ndim - 2))
@@ -194,6 +214,7 @@ def _gemm(
         (((a.ndim + contract[0],), (b.ndim + contract[1],)), (batch, batch)),
         precision=precision,
         preferred_element_type=dtype,
+        out_sharding=sharding,
     )
 
 
@@ -217,7 +238,9 @@ def _fp8_fwd(
     q_lhs = checkpoint_name(q_lhs, "fp8_lhs")
     q_rhs = checkpoint_name(q_rhs, "fp8_rhs")
     # Two small arrays, not six: each costs a kernel of its own in a scan.
-    seen = checkpoint_name(jnp.stack([lhs_seen, rhs_seen]), "fp8_statistics")
+    seen = checkpoint_name(
+        jnp.stack([_replicated(lhs_seen), _replicated(rhs_seen)]), "fp8_statistics"
+    )
     scale = checkpoint_name(jnp.stack([lhs_scale, rhs_scale, scale[GRAD]]), "fp8_statistics")
     with jax.named_scope("fp8_dot/fwd"):
         out = _gemm(q_lhs, q_rhs, _FWD, static.lhs_dtype, _FAST)
@@ -233,14 +256,14 @@ def _fp8_bwd(
     with jax.named_scope("fp8_dot/quantize_grad"):
         q_grad, grad_scale, grad_seen = _quantize(grad, scale[GRAD], GRAD, static.recipe)
     with jax.named_scope("fp8_dot/dgrad"):
-        dlhs = _gemm(q_grad, q_rhs, _DGRAD, static.lhs_dtype, _EXACT)
+        dlhs = _gemm(q_grad, q_rhs, _DGRAD, static.lhs_dtype, _EXACT, static.lhs_sharding)
         dlhs *= (grad_scale * rhs_scale).astype(dlhs.dtype)
     with jax.named_scope("fp8_dot/wgrad"):
-        drhs = _gemm(q_lhs, q_grad, _WGRAD, static.rhs_dtype, _EXACT)
+        drhs = _gemm(q_lhs, q_grad, _WGRAD, static.rhs_dtype, _EXACT, static.rhs_sharding)
         drhs *= (lhs_scale * grad_scale).astype(drhs.dtype)
     with jax.named_scope("fp8_dot/observe"):
         counted = tuple(sampled_elements(_rows(q)) for q in (q_lhs, q_rhs, q_grad))
-        seen = jnp.concatenate([seen, grad_seen[None]])
+        seen = jnp.concatenate([seen, _replicated(grad_seen)[None]])
         observation = observe(seen, counted, static.recipe.formats)
     return dlhs, drhs, None, observation
 
@@ -295,9 +318,11 @@ def _bf16_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     lhs, rhs = residuals
     with jax.named_scope("bf16_dot/dgrad"):
-        dlhs = _gemm(grad, rhs.astype(grad.dtype), _DGRAD, static.lhs_dtype, _FAST)
+        dlhs = _gemm(
+            grad, rhs.astype(grad.dtype), _DGRAD, static.lhs_dtype, _FAST, static.lhs_sharding
+        )
     with jax.named_scope("bf16_dot/wgrad"):
-        drhs = _gemm(lhs, grad, _WGRAD, static.rhs_dtype, _FAST)
+        drhs = _gemm(lhs, grad, _WGRAD, static.rhs_dtype, _FAST, static.rhs_sharding)
     return dlhs, drhs
 
 

@@ -26,14 +26,14 @@ class Recipe:
 
     name: RecipeName = "delayed"
     amax_history_length: int = 16
-    """Optimizer steps that a delayed scale looks back; short, so that an outlier is soon forgotten."""
+    """Optimizer steps that a delayed scale looks back; short: an outlier is soon forgotten."""
     margin: int = 0
     """Extra powers of two of headroom in every delayed scale."""
     gradient_format: GradientFormat = "e5m2"
     calibration: Calibration = "inline"
-    """What a delayed scale without history does. inline: it takes this call's own amax. explicit: it
-    is NaN, so misuse is loud; the caller runs the first step with `recipe.calibrating()`, and then
-    no quantisation ever waits for an amax."""
+    """What a delayed scale without history does. inline: it takes this call's own amax. explicit:
+    it is NaN, so misuse is loud; the caller runs the first step with `recipe.calibrating()`, and
+    then no quantisation ever waits for an amax."""
     skip: tuple[str, ...] = ()
     """Glob patterns of layer names that stay in bf16 (see `for_layer`)."""
 
@@ -74,5 +74,5 @@ class Recipe:
         return self
 
     def calibrating(self) -> "Recipe":
-        """This recipe with every scale from the tensors of the step itself; same state structure."""
+        """This recipe, but each scale is of the step's own tensors; same state structure."""
         return dataclasses.replace(self, name="current") if self.quantizes else self

@@ -17,8 +17,8 @@ from jax import lax
 
 from jfp8.recipe import Recipe
 
-# Exponents of scales. The limits keep every scale, its inverse and the product of two of them normal
-# float32 numbers; a tensor whose amax is below 448 * 2**-63 = 5e-17 gets the smallest scale.
+# Exponents of scales. The limits keep every scale, its inverse and the product of two of them
+# normal float32 numbers; a tensor with an amax below 448 * 2**-63 = 5e-17 gets the smallest scale.
 EXPONENT_MIN, EXPONENT_MAX = -63, 63
 EXPONENTS = EXPONENT_MAX - EXPONENT_MIN + 1
 # Bins of an observation: one for each exponent, then
@@ -56,7 +56,7 @@ class Health(NamedTuple):
     underflowed_fraction: jax.Array
     """Share of the sampled elements that are not zero but were quantised to zero."""
     nonfinite: jax.Array
-    """Row groups with an infinity or a NaN (0 is healthy); averaged where gradients are averaged."""
+    """Row groups with an infinity or a NaN; 0 is healthy. A mean where gradients are averaged."""
     amax_edge: jax.Array
     """Upper edge of the amax: the largest value that the scale it needs can hold; 0: not seen."""
 
