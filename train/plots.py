@@ -13,8 +13,8 @@ from matplotlib.ticker import EngFormatter
 from train.metrics import Metrics, read_metrics
 from train.run_directory import atomic_write
 
-SMOOTHING = 0.05
-"""Losses are averaged over this share of the reference run's tokens, up to the point shown."""
+SMOOTHING = 0.1
+"""A smoothed loss is the mean over this share of the tokens so far, the latest ones."""
 TOLERANCE = 0.005
 """Relative gap to the reference that the lower panel marks."""
 
@@ -37,24 +37,21 @@ class Curve:
         self.tokens = np.array([tokens for tokens, _ in points], np.float64)
         self.loss = np.array([loss for _, loss in points], np.float64)
 
-    def smoothed(self, window_tokens: float) -> np.ndarray:
-        """Returns the mean loss of the last `window_tokens` tokens up to each point, float64."""
-        first = np.searchsorted(self.tokens, self.tokens - window_tokens, side="right")
+    def smoothed(self) -> np.ndarray:
+        """Returns the mean loss over the latest tenth of the tokens up to each point, float64.
+
+        The window grows with the tokens: it stays short where the loss falls steeply.
+        """
+        first = np.searchsorted(self.tokens, (1 - SMOOTHING) * self.tokens, side="right")
         sums = np.concatenate([[0.0], np.cumsum(self.loss)])
         last = np.arange(1, len(self.loss) + 1)
         return (sums[last] - sums[first]) / (last - first)
 
-    def at(self, tokens: np.ndarray, window_tokens: float) -> np.ndarray:
+    def at(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the smoothed loss at `tokens`, NaN beyond the run's own range."""
         if not len(self.tokens):
             return np.full(np.shape(tokens), np.nan)
-        smoothed = self.smoothed(window_tokens)
-        return np.interp(tokens, self.tokens, smoothed, left=np.nan, right=np.nan)
-
-
-def smoothing_window(reference: Curve) -> float:
-    """Returns the tokens that losses are averaged over when compared with `reference`."""
-    return SMOOTHING * float(reference.tokens[-1]) if len(reference.tokens) else 0.0
+        return np.interp(tokens, self.tokens, self.smoothed(), left=np.nan, right=np.nan)
 
 
 def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Path] = ()) -> None:
@@ -93,9 +90,8 @@ def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Pat
 
 
 def _draw_losses(axes: Axes, runs: list[Metrics], curves: list[Curve], band: list[Curve]) -> None:
-    window = smoothing_window(curves[0])
     if band:
-        low, high, grid = _range_of(band, curves[0].tokens, window)
+        low, high, grid = _range_of(band, curves[0].tokens)
         names = ", ".join(curve.label for curve in band)
         axes.fill_between(
             grid, low, high, color=_BAND_COLOR, alpha=0.45, lw=0, label=f"range of {names}"
@@ -103,7 +99,7 @@ def _draw_losses(axes: Axes, runs: list[Metrics], curves: list[Curve], band: lis
     for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
         color = _COLORS[index % len(_COLORS)]
         axes.plot(curve.tokens, curve.loss, color=color, alpha=0.25, lw=0.8)
-        axes.plot(curve.tokens, curve.smoothed(window), color=color, lw=1.6, label=curve.label)
+        axes.plot(curve.tokens, curve.smoothed(), color=color, lw=1.6, label=curve.label)
         measured = [r for r in run.validation if r.get("validation_loss_nats") is not None]
         axes.plot(
             [record["tokens"] for record in measured],
@@ -113,19 +109,18 @@ def _draw_losses(axes: Axes, runs: list[Metrics], curves: list[Curve], band: lis
             ms=4,
             mec="white",
             mew=0.6,
-            label=f"{curve.label}, validation" if measured else None,
         )
     axes.set_ylabel("loss [nats per token]")
-    axes.set_ylim(_loss_limits(curves, window))
+    axes.set_ylim(_loss_limits(curves))
     axes.legend(frameon=False, loc="upper right")
     _style(axes)
 
 
 def _draw_gaps(axes: Axes, curves: list[Curve], band: list[Curve]) -> None:
-    reference, window = curves[0], smoothing_window(curves[0])
-    grid, base = reference.tokens, reference.smoothed(window)
+    reference = curves[0]
+    grid, base = reference.tokens, reference.smoothed()
     if band:
-        low, high, _ = _range_of(band, grid, window)
+        low, high, _ = _range_of(band, grid)
         axes.fill_between(
             grid,
             100 * (low / base - 1),
@@ -134,7 +129,7 @@ def _draw_gaps(axes: Axes, curves: list[Curve], band: list[Curve]) -> None:
             alpha=0.45,
             lw=0,
         )
-    gaps = [100 * (curve.at(grid, window) / base - 1) for curve in curves]
+    gaps = [100 * (curve.at(grid) / base - 1) for curve in curves]
     for index, gap in enumerate(gaps):
         axes.plot(grid, gap, color=_COLORS[index % len(_COLORS)], lw=1.6)
     for sign in (-1, 1):
@@ -148,17 +143,15 @@ def _draw_gaps(axes: Axes, curves: list[Curve], band: list[Curve]) -> None:
     _style(axes)
 
 
-def _range_of(
-    curves: list[Curve], grid: np.ndarray, window: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    losses = np.stack([curve.at(grid, window) for curve in curves])
+def _range_of(curves: list[Curve], grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    losses = np.stack([curve.at(grid) for curve in curves])
     return losses.min(axis=0), losses.max(axis=0), grid
 
 
-def _loss_limits(curves: list[Curve], window: float) -> tuple[float, float]:
-    """Shows all of the smoothed curves, save the first fiftieth of a long run."""
-    smoothed = [curve.smoothed(window) for curve in curves]
-    shown = np.concatenate([loss[len(loss) // 50 :] for loss in smoothed])
+def _loss_limits(curves: list[Curve]) -> tuple[float, float]:
+    """Shows all of the smoothed curves, save the first twentieth of a long run."""
+    smoothed = [curve.smoothed() for curve in curves]
+    shown = np.concatenate([loss[len(loss) // 20 :] for loss in smoothed])
     raw = np.concatenate([curve.loss[len(curve.loss) // 2 :] for curve in curves])
     if not len(shown):
         return 0.0, 1.0
@@ -169,8 +162,11 @@ def _loss_limits(curves: list[Curve], window: float) -> tuple[float, float]:
 
 def _draw_caption(figure: Figure, run: Metrics) -> None:
     starts = [e["message"] for e in run.events if str(e.get("message")).startswith("start at")]
-    share = f"mean over {SMOOTHING:.0%} of the tokens; faint: single steps"
-    figure.supxlabel("\n".join([share, *starts[-1:]]), fontsize=7, color="#666666")
+    device = [start.partition(";")[0] for start in starts[-1:]]
+    legend = f"lines: mean over the latest {SMOOTHING:.0%} of the tokens; faint: single steps"
+    figure.supxlabel(
+        "\n".join([f"{legend}; dots: validation", *device]), fontsize=7, color="#666666"
+    )
 
 
 def _style(axes: Axes) -> None:

@@ -8,15 +8,16 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
 
+from train.config import ConfigError
 from train.metrics import Metrics, MetricsError, read_metrics
-from train.plots import Curve, plot_loss, smoothing_window
+from train.plots import Curve, plot_loss
 
 _NONE = "-"
+_FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class ReportConfig:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories; the first is the reference."""
     output: Path = Path("report.png")
-    """Where the picture goes (png, svg or pdf)."""
+    """Where the picture goes: .png, .svg or .pdf."""
     band: tuple[Path, ...] = ()
     """Two or more runs that differ by their seed alone; the range of their losses is shaded."""
 
@@ -84,14 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: 0, or 2 for runs that cannot be compared.
     """
-    config = tyro.cli(ReportConfig, prog="python -m train.report", args=arguments)
     try:
-        if len(config.band) == 1:
-            raise MetricsError(f"--band={config.band[0]} needs two runs or more: one has no range")
+        config = tyro.cli(ReportConfig, prog="python -m train.report", args=arguments)
+        _check(config)
         runs = [read_metrics(path) for path in config.runs]
         plot_loss(config.runs, config.output, band=config.band)
-    except (MetricsError, OSError) as error:
+    except (ConfigError, MetricsError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: the picture cannot be written: {error}", file=sys.stderr)
         return 2
     print(format_table([run.name for run in runs], compare(runs)))
     for run in runs:
@@ -101,17 +104,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check(config: ReportConfig) -> None:
+    # Not in __post_init__: tyro would wrap these lines into a box of its own.
+    if not config.runs:
+        raise ConfigError("give one run directory or more, such as runs/tiny_cpu")
+    if config.output.suffix not in _FORMATS:
+        raise ConfigError(f"--output={config.output} must end in {', '.join(_FORMATS)}")
+    if len(config.band) == 1:
+        raise ConfigError(f"--band={config.band[0]} needs two runs or more: one has no range")
+
+
 def _train_losses(runs: Sequence[Metrics]) -> list[str]:
     curves = [Curve(run) for run in runs]
-    reference, window = curves[0], smoothing_window(curves[0])
+    reference = curves[0]
     cells = []
     for curve in curves:
         if not len(curve.tokens) or not len(reference.tokens):
             cells.append(_NONE)
             continue
         end = np.array([min(curve.tokens[-1], reference.tokens[-1])])
-        gap = (curve.at(end, window) / reference.at(end, window)).item() - 1
-        cells.append(_with_gap(f"{curve.smoothed(window)[-1]:.4f}", gap, curve is reference))
+        gap = (curve.at(end) / reference.at(end)).item() - 1 if curve is not reference else None
+        cells.append(_with_gap(f"{curve.smoothed()[-1]:.4f}", gap))
     return cells
 
 
@@ -126,9 +139,9 @@ def _validation_losses(runs: Sequence[Metrics]) -> list[str]:
     ]
     cells = []
     for index, own in enumerate(losses):
-        common = sorted(own.keys() & losses[0].keys())
-        gap = own[common[-1]] / losses[0][common[-1]] - 1 if common else None
-        cells.append(_with_gap(f"{own[max(own)]:.4f}", gap, index == 0) if own else _NONE)
+        common = max(own.keys() & losses[0].keys(), default=None) if index else None
+        gap = own[common] / losses[0][common] - 1 if common is not None else None
+        cells.append(_with_gap(f"{own[max(own)]:.4f}", gap) if own else _NONE)
     return cells
 
 
@@ -141,15 +154,14 @@ def _medians(
         medians.append(statistics.median(values) if values else None)
     cells = []
     for index, value in enumerate(medians):
-        gap = value / medians[0] - 1 if with_gaps and value and medians[0] else None
-        cells.append(_NONE if value is None else _with_gap(show(value), gap, index == 0))
+        has_gap = index > 0 and with_gaps and value is not None and medians[0]
+        gap = value / medians[0] - 1 if has_gap else None
+        cells.append(_NONE if value is None else _with_gap(show(value), gap))
     return cells
 
 
-def _with_gap(text: str, gap: float | None, is_reference: bool) -> str:
-    if is_reference:
-        return text
-    return f"{text} ({gap:+.2%})" if gap is not None and np.isfinite(gap) else f"{text} (no gap)"
+def _with_gap(text: str, gap: float | None) -> str:
+    return text if gap is None or not np.isfinite(gap) else f"{text} ({gap:+.2%})"
 
 
 def _last(run: Metrics, name: str, form: str) -> str:
