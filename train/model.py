@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(normal(rngs.params(), shape, jnp.float32))
         if config.layer_loop == "scan":
             create = nnx.vmap(lambda block_rngs: Block(config, recipe, block_rngs))
-            self.blocks = create(rngs.fork(split=config.num_layers))
+            self.blocks = create(rngs.split(config.num_layers))
         else:
             self.blocks = nnx.List(Block(config, recipe, rngs) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -86,8 +86,9 @@ def make_train_step(
         (_, nll), (grads, observed) = _accumulate(
             gradients, state, batch, config.optimizer.accumulation_steps
         )
-        grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
+        grad_norm = optax.tree.norm(grads)
+        # A cast to 8 bits clips an infinity, so the loss alone would not show it.
+        finite = jnp.isfinite(nll) & jnp.isfinite(grad_norm) & _all_finite(observed, recipe)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -198,6 +199,14 @@ def _accumulate(gradients: Callable, state: TrainState, batch: Batch, count: int
     )
     add = lambda sums, part: (jax.tree.map(jnp.add, sums, evaluate(part)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _all_finite(observed: Any, recipe: jfp8.Recipe) -> jax.Array:
+    """Whether no GEMM saw an infinity or a NaN in any operand."""
+    health = jax.tree.leaves(
+        jfp8.health(observed, recipe), is_leaf=lambda x: isinstance(x, jfp8.Health)
+    )
+    return jnp.stack([(node.nonfinite == 0).all() for node in health] or [jnp.array(True)]).all()
 
 
 def _groups(tree: Any, leaf_type: type = jfp8.ScalingState) -> dict[str, list[Any]]:

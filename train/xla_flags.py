@@ -3,6 +3,8 @@
 import os
 
 XLA_FLAGS = (
+    # Every GEMM goes to cuBLASLt: in Triton's fusions an FP8 GEMM may run in 16 bits, unseen.
+    "--xla_gpu_enable_triton_gemm=false",
     # Overlaps collectives with compute on several GPUs; also orders one GPU's work for less memory.
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     # Bitwise repeatable reductions, scatters and convolutions, so that a resumed run equals an
