@@ -217,6 +217,7 @@ class Checkpointer:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
+                _require_space(self._directory, sum(leaf.nbytes for leaf in leaves.values()))
                 folder.mkdir()
             except OSError as error:
                 is_ready, problem = False, error
@@ -407,6 +408,17 @@ def _broadcast(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def _require_space(folder: Path, needed: int) -> None:
+    """Raises OSError if `needed` bytes cannot fit, before a write that would fail half-way."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"no space left on device: it takes {needed / 2**30:.3g} GiB, and {free / 2**30:.3g}"
+            " GiB are free",
+        )
+
+
 def _remove(path: Path) -> None:
     # After a failed save some writes of orbax may still be under way and put files back.
     for _ in range(3):
@@ -417,14 +429,13 @@ def _remove(path: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     """Returns one line; tensorstore reports a full disk in a paragraph that holds the errno."""
-    code = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):
-        code = int(found[1])
-    if code == errno.ENOSPC:
-        return "no space left on device"
-    if code is not None and not str(error).startswith("[Errno"):
-        return os.strerror(code).lower()
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif found := re.search(r"os_error_code='(\d+)'", str(error)):
+        text = os.strerror(int(found[1]))
+    else:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return text[0].lower() + text[1:]
 
 
 class _OrbaxLogFilter(logging.Filter):

@@ -1,10 +1,12 @@
 """Checkpoints: exact, atomic, verified; every fault leaves a good one or a clear error."""
 
+import concurrent.futures
 import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -176,6 +178,80 @@ def test_sharded_state_restores_to_any_mesh(tmp_path):
         ON_EIGHT_DEVICES, str(tmp_path), XLA_FLAGS="--xla_force_host_platform_device_count=8"
     )
     assert done.stdout.strip() == "equal on 8", done.stderr
+
+
+ONE_OF_TWO_PROCESSES = """
+    import os, sys
+    from pathlib import Path
+    import jax
+    port, index, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    import numpy as np
+    from jax.experimental.multihost_utils import sync_global_devices
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from train.checkpoint import Checkpointer, CheckpointError
+    from train.config import CheckpointConfig
+
+    mesh = jax.make_mesh((2,), ("fsdp",))
+    values = {"w": np.arange(32, dtype=np.float32).reshape(8, 4), "n": np.full(3, 7, np.int32)}
+    specs = {"w": P("fsdp"), "n": P()}
+
+    def state(step):
+        return {
+            name: jax.make_array_from_callback(
+                value.shape, NamedSharding(mesh, specs[name]), lambda i, v=value: v[i] * step
+            )
+            for name, value in values.items()
+        }
+
+    def check(step):
+        restored = checkpointer.restore_newest(state(0))
+        assert (restored.step, restored.data_state) == (step, {"process": index})
+        for name, array in restored.state.items():
+            for shard in array.addressable_shards:
+                assert np.array_equal(shard.data, values[name][shard.index] * step), name
+
+    checkpointer = Checkpointer(directory, CheckpointConfig(keep=2), report=lambda line: None)
+    for step in (1, 2, 3):
+        checkpointer.save(step, state(step), data_state={"process": index})
+    checkpointer.wait()
+    check(3)
+    for damaged in (3, 2):
+        sync_global_devices(f"before {damaged}")
+        if index == 0:
+            assert checkpointer.steps() == [2, 3]
+            os.truncate(directory / str(damaged) / "meta.json", 1)
+        sync_global_devices(f"after {damaged}")
+        if damaged == 3:
+            check(2)
+    try:
+        checkpointer.restore_newest(state(0))
+    except CheckpointError as error:
+        assert "holds 2 checkpoints, and none is good" in str(error)
+        print("done", index)
+    checkpointer.save(4, state(4), data_state={"process": index})
+    checkpointer.close()
+"""
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        both = pool.map(
+            lambda index: run_python(
+                ONE_OF_TWO_PROCESSES, port, index, str(tmp_path), XLA_FLAGS=""
+            ),
+            "01",
+        )
+    for index, done in enumerate(both):
+        assert f"done {index}" in done.stdout, done.stderr
+    # The damaged ones went when a good one was there.
+    assert names(tmp_path) == ["4"]
+    wanted = {"w": jnp.zeros((8, 4)), "n": jnp.zeros(3, jnp.int32)}
+    with pytest.raises(CheckpointError, match="data positions of 2 processes, and this run has 1;"):
+        restore(tmp_path, wanted)
 
 
 # What is kept.
@@ -498,6 +574,21 @@ def test_full_disk_before_orbax(tmp_path, monkeypatch):
             assert list(error.value.failures) == [1]
         checkpointer.save(2, make_state(2), data_state=DATA)
     assert names(tmp_path) == ["2"]
+
+
+def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    state = {"x": jnp.zeros((1 << 18,))}  # 1 MiB
+    usage = shutil.disk_usage(tmp_path)._replace(free=(1 << 20) - 1)
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, {"x": jnp.zeros((1,))}, data_state=DATA)
+        checkpointer.wait()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(CheckpointSaveError, match=r"it takes 0.000977 GiB, and 0.000977 GiB"):
+            checkpointer.save(2, state, data_state=DATA)
+        assert names(tmp_path) == ["1"]
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+        checkpointer.save(3, state, data_state=DATA)
+    assert names(tmp_path) == ["1", "3"]
 
 
 def test_save_reports_the_failure_before_it_and_still_saves(tmp_path, monkeypatch):
