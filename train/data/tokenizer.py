@@ -37,9 +37,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     first = next(texts, None)
     if first is None:
         raise DataError(
-            "no training text for the tokenizer: every document is held out for validation or"
-            " longer than --data.tokenizer-training-bytes; give more text, raise that limit, or"
-            " load one with --data.tokenizer"
+            "no training text for the tokenizer: every document is empty, held out for validation,"
+            " past --data.max-bytes, or longer than --data.tokenizer-training-bytes; give more"
+            " text, raise these limits, or load a tokenizer with --data.tokenizer"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

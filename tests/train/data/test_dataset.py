@@ -35,7 +35,8 @@ batches = dataset.train_iterator()
 next(batches)
 reading, writing = os.pipe()
 child = os.fork()
-batch = next(batches)["tokens"].tobytes()
+# More batches than are prepared ahead: the child cannot live on what it inherited.
+batch = b"".join(next(batches)["tokens"].tobytes() for _ in range(20))
 if child == 0:
     os.write(writing, batch)
     os._exit(0)
