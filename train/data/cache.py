@@ -87,7 +87,8 @@ def open_cache(config: DataConfig, vocab_size: int, log: Log) -> TokenCache:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f"{directory.name}.lock", log):
-            cached = _load(directory, log)  # another process may have built it in the meantime
+            # Another process may have built it in the meantime; damage has been said once already.
+            cached = _load(directory, lambda line: None)
             if cached:
                 return cached
             _build(directory, files, tokenizer, config, vocab_size, log)
@@ -364,13 +365,15 @@ def _load(directory: Path, log: Log) -> TokenCache | None:
         return None
     try:
         return _read(directory)
-    except (DamagedCacheError, OSError, ValueError, KeyError, TypeError) as error:
+    except (DamagedCacheError, OSError, ValueError, LookupError, TypeError) as error:
         log(f"data: token cache {directory} is damaged ({error}); building it again")
         return None
 
 
 def _read(directory: Path) -> TokenCache:
     meta = json.loads((directory / "meta.json").read_text("utf-8"))
+    if not isinstance(meta, dict):
+        raise DamagedCacheError("meta.json is not what was written")
     if meta.pop("checksum") != _meta_checksum(meta) or meta["magic"] != _MAGIC:
         raise DamagedCacheError("meta.json is not what was written")
     names = {

@@ -170,6 +170,7 @@ def zero_the_start(path):
         ("tokenizer.json", zero_the_start, "the checksum of tokenizer.json differs"),
         ("meta.json", truncate, "Expecting"),
         ("meta.json", lambda path: path.write_text("{}"), "'checksum'"),
+        ("meta.json", lambda path: path.write_text("5"), "meta.json is not what was written"),
         (
             "meta.json",
             lambda path: path.write_text(path.read_text().replace('"<u2"', '"<u4"')),
@@ -188,6 +189,7 @@ def test_damage_is_noticed_and_mended(texts, make_config, name, damage, reason):
     mended = open_(config, log)
     assert f"token cache {directory} is damaged" in log[0]
     assert reason in log[0]
+    assert sum("is damaged" in line for line in log) == 1
     assert mended.train.tokens.tolist() == tokens
     assert mended.tokenizer.to_str() == text
     assert entries(config) == [entry]
