@@ -19,6 +19,7 @@ from train.metrics import MetricsWriter
 from train.optimizer import make_optimizer
 from train.plots import plot_loss
 from train.run_directory import RunDirectory
+from train.sinks import check_sinks
 from train.generate import generate
 from train.state import TrainState, abstract_state, create_state
 from train.step import compile_steps, health_metrics, health_names
@@ -63,17 +64,20 @@ def train(config: TrainConfig) -> int:
       ConfigError, DataError, CheckpointError: for bad input, before the first step.
       TrainingError: when training cannot go on; the newest checkpoint is good.
     """
+    check_sinks(config.log)
+    index, count = 0, 1
     if config.mesh.distributed:
         jax.distributed.initialize()
-    with RunDirectory.open(config) as run:
+        index, count = jax.process_index(), jax.process_count()
+    with RunDirectory.open(config, process_index=index) as run:
         optimizer = make_optimizer(config.optimizer, config.run.steps)
-        dataset = build_dataset(
-            config, process_index=jax.process_index(), process_count=jax.process_count()
-        )
-        dataset.save_tokenizer(run.path / "tokenizer.json")
+        dataset = build_dataset(config, process_index=index, process_count=count)
+        if index == 0:
+            dataset.save_tokenizer(run.path / "tokenizer.json")
         mesh = make_mesh(config.mesh)
         check_divisibility(config, mesh)
         startup.check_device_support(config)
+        run.set_device(jax.devices()[0].device_kind, mesh.size)
         return _Run(config, run, dataset, optimizer, mesh).execute()
 
 
@@ -83,7 +87,7 @@ class _Run:
     def __init__(self, config, run, dataset, optimizer, mesh: Mesh):
         self.config, self.run, self.dataset, self.mesh = config, run, dataset, mesh
         self.optimizer = optimizer
-        self.checkpointer = Checkpointer(run.path / "checkpoints", config.checkpoint)
+        self.checkpointer = Checkpointer(run.checkpoints, config.checkpoint)
         self.batches = dataset.train_iterator()
         self.validation_loss: float | None = None
         self.first_loss: float | None = None
@@ -120,7 +124,7 @@ class _Run:
 
     def _restore_or_create(self) -> TrainState:
         abstract = abstract_state(self.config, self.optimizer, self.mesh)
-        restored = self.checkpointer.restore_newest(abstract, self._meta())
+        restored = self.checkpointer.restore_newest(abstract, must_match=self._identity())
         if restored is None:
             return create_state(self.config, self.optimizer, self.mesh)
         self.batches.set_state(restored.data_state)
@@ -130,13 +134,19 @@ class _Run:
         print(f"resumed from the checkpoint of step {restored.step}", flush=True)
         return restored.state
 
-    def _meta(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with for its weights to mean anything here."""
         return {
-            "first_loss_nats": self.first_loss,
-            "validation_loss_nats": self.validation_loss,
-            "tokenizer": self.dataset.summary["tokenizer_hash"],
+            "tokenizer_hash": self.dataset.summary["tokenizer_hash"],
             "vocab_size": self.config.model.vocab_size,
         }
+
+    def _meta(self) -> dict[str, Any]:
+        losses = {
+            "first_loss_nats": self.first_loss,
+            "validation_loss_nats": self.validation_loss,
+        }
+        return self._identity() | losses
 
     def _loop(self, state: TrainState, step: int, stop: StopRequest) -> TrainState:
         """Runs steps until the last one or a signal. Metrics are read one step late.
@@ -230,17 +240,17 @@ class _Run:
             )
             self.saved_step = step
         except CheckpointSaveError as error:
-            self.writer.event(step, f"checkpoint not saved: {error}")
+            self.writer.event(step, str(error))
         self.clock = time.perf_counter()
 
     def _wait_for_checkpoint(self, step: int) -> None:
         try:
             self.checkpointer.wait()
         except CheckpointSaveError as error:
-            self.writer.event(step, f"checkpoint not saved: {error}")
+            self.writer.event(step, str(error))
 
     def _finish(self, state: TrainState) -> None:
-        plot_loss([self.run.path], self.run.path / "loss.png")
+        plot_loss([self.run.path], self.run.plot)
         self._sample(state)
         summary = startup.summary(
             self.run.path, self.first_loss, self.validation_loss, self.fp8_line

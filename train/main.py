@@ -3,7 +3,7 @@
 import sys
 
 from train.config import ConfigError, parse
-from train.xla_flags import set_xla_flags
+from train.environment import prepare_environment
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,10 +16,10 @@ def main(arguments: list[str] | None = None) -> int:
       SIGTERM with its state saved; 2 for bad input; 3 when training itself failed.
     """
     config = parse(sys.argv[1:] if arguments is None else arguments)
-    set_xla_flags()
+    prepare_environment()
     # Imported late: bad arguments are reported in a fraction of a second, and the flags must be set
     # before JAX is.
-    from train.checkpoint import CheckpointError
+    from train.checkpoint_content import CheckpointError
     from train.data import DataError
     from train.loop import TrainingError, train
 

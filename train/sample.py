@@ -51,11 +51,8 @@ def load_run(directory: Path) -> tuple[TrainConfig, TrainState, tokenizers.Token
     config = parse(["--config", str(directory / "config.toml")])
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
     abstract = abstract_state(config, make_optimizer(config.optimizer, config.run.steps), mesh)
-    checkpointer = Checkpointer(directory / "checkpoints", config.checkpoint)
-    try:
+    with Checkpointer(directory / "checkpoints", config.checkpoint) as checkpointer:
         restored = checkpointer.restore_newest(abstract)
-    finally:
-        checkpointer.close()
     if restored is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))

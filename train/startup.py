@@ -70,7 +70,7 @@ def gemm_report(steps: CompiledSteps) -> diagnostics.DotReport:
         report = diagnostics.fp8_dot_count(steps.train)
     else:
         report = diagnostics.lowered_dot_count(steps.train_lowered)
-    return report.filter(_BLOCK_GEMMS)
+    return report.matching(_BLOCK_GEMMS)
 
 
 def describe_gemms(config: TrainConfig, steps: CompiledSteps) -> str:
@@ -92,7 +92,7 @@ def check_fp8_share(config: TrainConfig, steps: CompiledSteps) -> None:
         raise ConfigError(
             f"only {report.fp8_flop_fraction:.1%} of the block GEMM FLOPs were compiled to FP8, less"
             f" than --fp8.minimum-fraction={config.fp8.minimum_fraction}; not in FP8:"
-            f" {', '.join(sorted({dot.op_name for dot in report.others}))[:400]}"
+            f" {', '.join(sorted({dot.op_name for dot in report.gemms if not dot.is_fp8}))[:400]}"
         )
 
 

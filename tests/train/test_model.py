@@ -1,6 +1,7 @@
 """The model against a float64 NumPy forward pass, and its loops and remat policies against each other."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,7 @@ def test_documents_do_not_see_each_other():
     assert not np.array_equal(before[:, :6], after[:, :6])
 
 
+@functools.cache
 def loss_and_gradients(config, recipe=BF16):
     graph, params, scaling = nnx.split(make(config, recipe), nnx.Param, jfp8.nnx.Scaling)
 

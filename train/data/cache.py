@@ -22,7 +22,7 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -158,7 +158,7 @@ def _key(
 
 
 @contextlib.contextmanager
-def _lock(path: Path, log: Log) -> Iterator[None]:
+def _lock(path: Path, log: Log) -> Generator[None, None, None]:
     with open(path, "ab") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
