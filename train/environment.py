@@ -1,4 +1,4 @@
-"""The process environment of a run: XLA options, each with its reason; set before JAX is imported."""
+"""The environment of a run: XLA options, each with its reason; set before JAX is imported."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ XLA_FLAGS = (
 
 
 def prepare_environment() -> None:
-    """Adds `XLA_FLAGS` to the environment, and keeps JAX to the CPU where there is no NVIDIA driver.
+    """Adds `XLA_FLAGS`, and keeps JAX to the CPU where there is no NVIDIA driver.
 
     What the user has set already stays as it is.
     """

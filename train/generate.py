@@ -1,7 +1,7 @@
 """Text generation with a trained model.
 
-Every new token runs the whole window through the model: simple, exact, and the same GEMMs in the same
-precision as in training. There is no key/value cache.
+Every new token runs the whole window through the model: simple, exact, and the same GEMMs in the
+same precision as in training. There is no key/value cache.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def generate(
 
 
 def make_next_token(config: TrainConfig, graph: nnx.GraphDef) -> Callable:
-    """Builds the jitted (params, scaling, tokens [1, T], last index, temperature, key) -> token id."""
+    """Builds (params, scaling, tokens [1, T], last index, temperature, key) -> token id."""
 
     @jax.jit
     def next_token(params, scaling, tokens, last, temperature, key):

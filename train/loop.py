@@ -14,13 +14,13 @@ from train import startup
 from train.checkpoint import Checkpointer, CheckpointSaveError
 from train.config import TrainConfig
 from train.data import build_dataset
+from train.generate import generate
 from train.mesh import BATCH_AXES, check_divisibility, make_mesh
 from train.metrics import MetricsWriter
 from train.optimizer import make_optimizer
 from train.plots import plot_loss
 from train.run_directory import RunDirectory
 from train.sinks import check_sinks
-from train.generate import generate
 from train.state import TrainState, abstract_state, create_state
 from train.step import compile_steps, health_metrics, health_names
 

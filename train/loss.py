@@ -1,8 +1,8 @@
 """Cross-entropy over the vocabulary without ever holding all logits.
 
 For each chunk of tokens: logits = hidden @ head, nll = logsumexp(logits) - logits[target]. Under
-differentiation the chunk's gradient, (softmax(logits) - onehot(target)) * weight, is formed while its
-logits are still there, so the backward needs neither the logits nor a second GEMM for them
+differentiation the chunk's gradient, (softmax(logits) - onehot(target)) * weight, is formed while
+its logits are still there, so the backward needs neither the logits nor a second GEMM for them
 (the idea of Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989).
 
 Shapes: B batch, T tokens, C tokens of a chunk, D hidden, V vocabulary.
@@ -33,8 +33,8 @@ def cross_entropy(
       weights: float32 [B, T]; constants, no gradient flows to them.
       z_loss: factor of logsumexp(logits)^2 in the first result (PaLM, arXiv:2204.02311).
 
-    Returns: sum of weight * (nll + z_loss * logsumexp^2), differentiable, and the sum of weight * nll
-      in nats, not differentiable; both float32 scalars.
+    Returns: sum of weight * (nll + z_loss * logsumexp^2), differentiable, and the sum of weight *
+      nll in nats, not differentiable; both float32 scalars.
     """
     total, nll = _cross_entropy(hidden, head, targets, weights, z_loss)
     return total, jax.lax.stop_gradient(nll)
@@ -45,7 +45,7 @@ def _cross_entropy(hidden, head, targets, weights, z_loss):
     kernel = head.astype(hidden.dtype)
 
     def add_chunk(sums, chunk):
-        loss, nll, _ = _chunk_loss(*chunk, kernel, z_loss)
+        loss, nll, _ = _chunk_loss(chunk, kernel, z_loss)
         return (sums[0] + loss, sums[1] + nll), None
 
     zero = jnp.zeros((), jnp.float32)
@@ -59,7 +59,7 @@ def _cross_entropy_fwd(hidden, head, targets, weights, z_loss):
 
     def add_chunk(carry, chunk):
         loss_sum, nll_sum, dhead = carry
-        loss, nll, dlogits = _chunk_loss(*chunk, kernel, z_loss)
+        loss, nll, dlogits = _chunk_loss(chunk, kernel, z_loss)
         with jax.named_scope("head"):
             dhidden = jnp.einsum("bcv,dv->bcd", dlogits, kernel)
             dhead = dhead + jnp.einsum(
@@ -86,8 +86,9 @@ def _cross_entropy_bwd(z_loss, residuals, cotangents):
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _chunk_loss(hidden, targets, weights, kernel, z_loss):
+def _chunk_loss(chunk, kernel, z_loss):
     """Loss sum, nll sum and dlogits [B, C, V] (in the dtype of `hidden`) of one chunk [B, C]."""
+    hidden, targets, weights = chunk
     with jax.named_scope("head"):
         logits = jnp.einsum("bcd,dv->bcv", hidden, kernel, preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
@@ -102,14 +103,12 @@ def _chunk_loss(hidden, targets, weights, kernel, z_loss):
 
 
 def _chunks(hidden, targets, weights, vocab_size):
-    """Splits [B, T, ...] along T into [chunks, B, C, ...], so that a sharded batch stays sharded."""
+    """Splits [B, T, ...] along T into [chunks, B, C, ...]: a sharded batch stays sharded."""
     batch, length = targets.shape
     count = 1
     while length % (2 * count) == 0 and batch * length // count * vocab_size > _MAX_CHUNK_LOGITS:
         count *= 2
-    split = (
-        lambda x: jnp.moveaxis(  # noqa: E731
-            x.reshape(batch, count, length // count, *x.shape[2:]), 1, 0
-        )
+    return tuple(
+        jnp.moveaxis(x.reshape(batch, count, length // count, *x.shape[2:]), 1, 0)
+        for x in (hidden, targets, weights)
     )
-    return split(hidden), split(targets), split(weights)

@@ -12,8 +12,8 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
       arguments: what follows the program name; None takes them from the command line.
 
-    Returns: 0 when the run is complete; 128 + the signal's number when it stopped early on SIGINT or
-      SIGTERM with its state saved; 2 for bad input; 3 when training itself failed.
+    Returns: 0 when the run is complete; 128 + the signal's number when it stopped early on SIGINT
+      or SIGTERM with its state saved; 2 for bad input; 3 when training itself failed.
     """
     config = parse(sys.argv[1:] if arguments is None else arguments)
     prepare_environment()

@@ -1,8 +1,8 @@
 """The device mesh and where each array lives on it.
 
-One mesh with the axes `data`, `fsdp` and `tensor`; batches are split over the first two, weights and
-moments over the last two (ZeRO-3, arXiv:1910.02054; Megatron, arXiv:1909.08053). The compiler inserts
-the collectives.
+One mesh with the axes `data`, `fsdp` and `tensor`; batches are split over the first two, weights
+and moments over the last two (ZeRO-3, arXiv:1910.02054; Megatron, arXiv:1909.08053). The compiler
+inserts the collectives.
 """
 
 from typing import Any

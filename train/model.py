@@ -1,14 +1,16 @@
 """The model: a Llama-family decoder in Flax NNX whose GEMMs go through `jfp8`.
 
 RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al. 2021,
-arXiv:2104.09864), grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and SwiGLU (Shazeer
-2020, arXiv:2002.05202). Embedding, norms and head stay out of FP8.
+arXiv:2104.09864), grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and SwiGLU
+(Shazeer 2020, arXiv:2002.05202). Embedding, norms and head stay out of FP8.
 
-Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head dim, F ffn, V vocabulary.
+Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head dim, F ffn, V
+  vocabulary.
 """
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +44,8 @@ class RMSNorm(nnx.Module):
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Applies rotary positions to `x` [B, T, N, H] by the angles' cos and sin [B, T, 1, H // 2].
 
-    The two halves of a head are the coordinates of its H // 2 planes (the layout of Llama's published
-    Hugging Face weights), computed in float32.
+    The two halves of a head are the coordinates of its H // 2 planes (the layout of Llama's
+    published Hugging Face weights), computed in float32.
     """
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
@@ -105,7 +107,7 @@ class Attention(nnx.Module):
         return self.out(attended.reshape(batch, length, heads * head_dim))
 
 
-def attention_implementation(config: ModelConfig) -> str | None:
+def attention_implementation(config: ModelConfig) -> Literal["xla", "cudnn", "mosaic"] | None:
     """The `implementation` argument of `flash_attention` that the config asks for."""
     choice = config.attention_implementation
     return None if choice == "auto" else choice
@@ -114,8 +116,8 @@ def attention_implementation(config: ModelConfig) -> str | None:
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) with one fused gate/up projection.
 
-    Gate and up alternate in groups of 128 columns, [F / 128, 2, 128]: a split over the `tensor` mesh
-    axis keeps each pair on one device, and a kernel's tile finds both side by side.
+    Gate and up alternate in groups of 128 columns, [F / 128, 2, 128]: a split over the `tensor`
+    mesh axis keeps each pair on one device, and a kernel's tile finds both side by side.
     """
 
     def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs):
@@ -181,7 +183,8 @@ class Transformer(nnx.Module):
         Args:
           tokens: int32 [B, T], ids below the vocabulary size.
           positions: int32 [B, T], the rotary position of each token in its document.
-          segment_ids: int32 [B, T], equal inside one document; None lets every token see all before it.
+          segment_ids: int32 [B, T], equal inside one document; None lets every token see all before
+            it.
         """
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(COMPUTE_DTYPE)
         angles = rotary_angles(positions, self.config.resolved_head_dim, self.config.rope_theta)
@@ -195,6 +198,7 @@ class Transformer(nnx.Module):
 
     def _apply_blocks(self, x, angles, segment_ids):
         if self.config.layer_loop == "unroll":
+            assert isinstance(self.blocks, nnx.List)
             for block in self.blocks:
                 graph, state = nnx.split(block)
                 apply = _rematerialised(
@@ -210,8 +214,8 @@ class Transformer(nnx.Module):
         return jax.lax.scan(lambda x, state: (apply(state, x), None), x, stacked)[0]
 
 
-# What the backward finds saved under remat="dots": GEMM and attention outputs, and each GEMM's 8-bit
-# operands in place of the 16-bit values they were made from.
+# What the backward finds saved under remat="dots": GEMM and attention outputs, and each GEMM's
+# 8-bit operands in place of the 16-bit values they were made from.
 _SAVED_NAMES = ("qkv", "attended", "gate_up", "fp8_lhs", "fp8_rhs", "attention_residual")
 
 

@@ -1,4 +1,4 @@
-"""What a run says and checks around its steps: the device, what runs in FP8, the closing summary."""
+"""What a run says and checks around its steps: the device, what runs in FP8, the summary."""
 
 import json
 from collections.abc import Iterator
@@ -90,8 +90,8 @@ def check_fp8_share(config: TrainConfig, steps: CompiledSteps) -> None:
     report = gemm_report(steps)
     if report.fp8_flop_fraction < config.fp8.minimum_fraction:
         raise ConfigError(
-            f"only {report.fp8_flop_fraction:.1%} of the block GEMM FLOPs were compiled to FP8, less"
-            f" than --fp8.minimum-fraction={config.fp8.minimum_fraction}; not in FP8:"
+            f"only {report.fp8_flop_fraction:.1%} of the block GEMM FLOPs were compiled to FP8,"
+            f" less than --fp8.minimum-fraction={config.fp8.minimum_fraction}; not in FP8:"
             f" {', '.join(sorted({dot.op_name for dot in report.gemms if not dot.is_fp8}))[:400]}"
         )
 
@@ -116,9 +116,11 @@ def describe(
         yield f"memory: {total / 2**30:.1f} GiB for state and step, by the compiler's plan"
 
 
-def summary(directory: Path, first_loss: float | None, validation_loss: float | None, fp8: str):
-    """The closing lines of a run."""
-    yield f"files: {directory}/ holds metrics.jsonl, config.toml, loss.png, sample.txt, checkpoints/"
+def summary(
+    directory: Path, first_loss: float | None, validation_loss: float | None, fp8: str
+) -> Iterator[str]:
+    """The closing lines of a run; written to summary.json too."""
+    yield f"files in {directory}: metrics.jsonl, config.toml, loss.png, sample.txt, checkpoints/"
     if first_loss and validation_loss:
         yield (
             f"validation loss {validation_loss:.4f} nats,"

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import jfp8
 import jfp8.nnx
 from train.config import Fp8Config, TrainConfig
-from train.mesh import parameter_shardings, replicated
+from train.mesh import parameter_shardings
 from train.model import Transformer
 
 
@@ -39,7 +39,7 @@ def make_recipe(config: Fp8Config) -> jfp8.Recipe:
 
 
 def make_graph(config: TrainConfig, recipe: jfp8.Recipe) -> nnx.GraphDef:
-    """The model's structure without arrays; recipes that share a state layout are interchangeable."""
+    """The model's structure without arrays; a recipe's and its `calibrating()` twin's agree."""
     model = nnx.eval_shape(lambda: Transformer(config.model, recipe, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, jfp8.nnx.Scaling)[0]
 
@@ -50,7 +50,7 @@ def merge(graph: nnx.GraphDef, params: Any, scaling: Any) -> Transformer:
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state; pure, so it can be jitted with output shardings or only evaluated for shapes."""
+    """A fresh state; pure, to be jitted with output shardings or only evaluated for shapes."""
     recipe = make_recipe(config.fp8)
     model = Transformer(config.model, recipe, rngs=nnx.Rngs(config.run.seed))
     _, params, scaling = nnx.split(model, nnx.Param, jfp8.nnx.Scaling)
@@ -70,14 +70,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, for compiling and restoring without the arrays."""
     shapes = jax.eval_shape(lambda: initial_state(config, optimizer))
-    shardings = TrainState(
-        step=replicated(mesh),
-        applied_steps=replicated(mesh),
-        consecutive_skips=replicated(mesh),
-        params=parameter_shardings(shapes.params, mesh),
-        opt_state=parameter_shardings(shapes.opt_state, mesh),
-        scaling=jax.tree.map(lambda _: replicated(mesh), shapes.scaling),
-    )
+    shardings = parameter_shardings(shapes, mesh)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,

@@ -33,7 +33,7 @@ SLOTS = ("input", "kernel", "output_grad")
 HEALTH = ("saturated_fraction", "underflowed_fraction", "amax", "scale")
 
 
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of one step's batch."""
     shape = (config.data.batch_size, config.data.sequence_length)
     sharding = batch_sharding(mesh)
@@ -69,11 +69,11 @@ def make_train_step(
     Args:
       config: the run's config.
       optimizer: from `make_optimizer`.
-      calibrating: take FP8 scales from this step's own tensors. The first applied step of a run with
-        delayed scaling must: it has no history yet.
+      calibrating: take FP8 scales from this step's own tensors. The first applied step of a run
+        with delayed scaling must: it has no history yet.
 
-    Returns: (state, batch) -> (state, metrics). Metrics are float32 or int32 scalars, and `fp8_health`,
-      float32 [groups, 3, 4]: see `health_names`.
+    Returns: (state, batch) -> (state, metrics). Metrics are float32 or int32 scalars, and
+      `fp8_health`, float32 [groups, 3, 4]: see `health_names`.
     """
     recipe = make_recipe(config.fp8)
     graph = make_graph(config, recipe.calibrating() if calibrating else recipe)
@@ -120,7 +120,7 @@ def make_train_step(
 
 
 def make_eval_step(config: TrainConfig) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
-    """Builds (state, batch) -> {nll_sum, weight_sum}, with the FP8 state as it is and left as it is."""
+    """Builds (state, batch) -> {nll_sum, weight_sum}; the FP8 state is read, never updated."""
     loss = make_loss(config, make_graph(config, make_recipe(config.fp8)))
 
     def eval_step(state: TrainState, batch: Batch):
