@@ -235,8 +235,9 @@ def _fp8_fwd(
     with jax.named_scope("fp8_dot/quantize_rhs"):
         q_rhs, rhs_scale, rhs_seen = _quantize(rhs, scale[RHS], RHS, static.recipe)
         q_rhs = _materialize(q_rhs)
-    q_lhs = checkpoint_name(q_lhs, "fp8_lhs")
-    q_rhs = checkpoint_name(q_rhs, "fp8_rhs")
+    saved_lhs = checkpoint_name(_as_bytes(q_lhs), "fp8_lhs")
+    saved_rhs = checkpoint_name(_as_bytes(q_rhs), "fp8_rhs")
+    q_lhs, q_rhs = _from_bytes(saved_lhs, saved_rhs, static.recipe)
     # Two small arrays, not six: each costs a kernel of its own in a scan.
     seen = checkpoint_name(
         jnp.stack([_replicated(lhs_seen), _replicated(rhs_seen)]), "fp8_statistics"
@@ -245,13 +246,14 @@ def _fp8_fwd(
     with jax.named_scope("fp8_dot/fwd"):
         out = _gemm(q_lhs, q_rhs, _FWD, static.lhs_dtype, _FAST)
         out *= (lhs_scale * rhs_scale).astype(out.dtype)
-    return out, (q_lhs, q_rhs, scale, seen)
+    return out, (saved_lhs, saved_rhs, scale, seen)
 
 
 def _fp8_bwd(
     static: _Static, residuals: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    q_lhs, q_rhs, scale, seen = residuals
+    saved_lhs, saved_rhs, scale, seen = residuals
+    q_lhs, q_rhs = _from_bytes(saved_lhs, saved_rhs, static.recipe)
     lhs_scale, rhs_scale = scale[LHS], scale[RHS]
     with jax.named_scope("fp8_dot/quantize_grad"):
         q_grad, grad_scale, grad_seen = _quantize(grad, scale[GRAD], GRAD, static.recipe)
@@ -298,6 +300,23 @@ def _materialize(q: jax.Array) -> jax.Array:
     transpose, and the barrier would only part the two.
     """
     return lax.optimization_barrier(with_layout_constraint(q, Layout(tuple(range(q.ndim)))))
+
+
+def _as_bytes(q: jax.Array) -> jax.Array:
+    """What is kept for the backward pass.
+
+    `jax.checkpoint` passes every float that it saves through lax.reduce_precision, which takes E4M3
+    for a format with an infinity and so makes a NaN of each value above 240 (JAX 0.11.2).
+    """
+    return lax.bitcast_convert_type(q, jnp.uint8)
+
+
+def _from_bytes(lhs: jax.Array, rhs: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    lhs_format, rhs_format, _ = recipe.formats
+    return (
+        lax.bitcast_convert_type(lhs, lhs_format.dtype),
+        lax.bitcast_convert_type(rhs, rhs_format.dtype),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -100,8 +100,8 @@ def update(states: Any, observed: Any, recipe: Recipe) -> Any:
     """The scaling states of the next optimizer step. Pure; call it once per optimizer step.
 
     A slot with an observation pushes its exponent onto the history, and its scale becomes
-    2**(max(history) + margin). A slot without one (unused layer, all-zero or non-finite tensor)
-    stays as it was.
+    2**(max(history) + margin). A slot without one (an unused layer, or a tensor without a finite
+    value other than zero) stays as it was.
 
     Args:
       states: any pytree of `ScalingState`, also with leading axes stacked by `scan` or `vmap`.

@@ -102,9 +102,10 @@ def test_statistics_and_observation_against_numpy(format):
     seen = statistics(jnp.asarray(x), group_amax_bits(jnp.asarray(x)), scale, format)
     observation = np.asarray(observe(seen[None], (x.size,), (format,)))[0]
     q = reference.quantize(x, exponent, format.name)
-    assert observation[SATURATED] == (
-        np.abs(x) > reference.MAX_VALUE[format.name] * 2.0**exponent
-    ).sum()
+    assert (
+        observation[SATURATED]
+        == (np.abs(x) > reference.MAX_VALUE[format.name] * 2.0**exponent).sum()
+    )
     assert observation[SATURATED] > 0
     assert observation[UNDERFLOWED] == ((q == 0) & (x != 0)).sum() > 0
     assert observation[COUNTED] == x.size

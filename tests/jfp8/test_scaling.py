@@ -80,9 +80,7 @@ def scale_exponent_on_cpu(format):
 
 def test_power_of_two_is_exact():
     exponents = np.arange(-126, 128)
-    assert np.array_equal(
-        power_of_two(jnp.asarray(exponents)), np.ldexp(np.float32(1), exponents)
-    )
+    assert np.array_equal(power_of_two(jnp.asarray(exponents)), np.ldexp(np.float32(1), exponents))
 
 
 def test_products_of_scales_are_normal_numbers():
@@ -121,7 +119,10 @@ def test_update_adds_the_margin_and_stays_in_range():
 
 def test_update_of_stacked_states_is_that_of_each():
     state = jfp8.init_state(RECIPE)
-    stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    def stack(*trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
     observations = [observed(state, 1, 2, 3), observed(state, None, -5, None)]
     together = jfp8.update(stack(state, state), stack(*observations), RECIPE)
     each = stack(*(jfp8.update(state, o, RECIPE) for o in observations))
