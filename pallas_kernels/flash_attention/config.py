@@ -39,3 +39,27 @@ class AttentionSpec:
     """Whether the log-sum-exp is wanted too."""
     precision: Precision
     """Format of the factors of the matrix products."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardConfig:
+    """How the sm_90 forward kernel cuts its work; changes the result by rounding at most."""
+
+    compute_warpgroups: int = 2
+    """Warpgroups that compute, each for 64 queries."""
+    block_kv: int = 128
+    """Keys loaded and multiplied at once."""
+    num_stages: int = 2
+    """Buffers for K and V blocks each."""
+    ping_pong: bool = True
+    """Warpgroups issue their matrix products in turn."""
+    overlap: bool = True
+    """A warpgroup's softmax runs during its own P V product."""
+    reuse_q_smem: bool = False
+    """The output leaves through Q's shared memory, which delays the next tile's Q."""
+    heads_per_section: int = 1
+    """(batch, head) pairs worked on together; a divisor of batch size * query heads."""
+    compute_registers: int = 240
+    """Registers of a compute thread."""
+    producer_registers: int = 24
+    """Registers of a producer thread."""

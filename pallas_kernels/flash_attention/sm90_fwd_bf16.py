@@ -1,0 +1,599 @@
+"""Flash attention forward for sm_90a in bfloat16 or float16, written in Pallas Mosaic GPU.
+
+For each tile of queries, over the blocks j of keys that it sees, last block first:
+  S_j = Q K_j^T,   m' = max(m, rowmax(c S_j)),   P_j = exp2(c S_j - m'),   c = softmax_scale *
+  log2(e) l = l exp2(m - m') + rowsum(P_j),   O = O exp2(m - m') + P_j V_j;   at the end O / l, lse
+  = (m + log2 l) ln 2
+(Dao 2023, arXiv:2307.08691; warp specialisation and ping-pong: Shah et al. 2024, arXiv:2407.08608.)
+
+One persistent CTA on each SM walks through the tiles, longest first:
+
+  warpgroup             does                                    waits for            then arrives at
+  compute 0..C-1        S, softmax, O for 64 queries each       q_full k_full v_full k_free v_free
+  q_free producer (last)       TMA loads of Q, K, V, segment ids       q_free k_free v_free (TMA)
+  q_full k_full v_full
+
+Ping-pong: the compute warpgroups issue their matrix products in turn (barrier `turn`), so that one
+is in its softmax while another keeps the tensor cores busy. Overlap: within a warpgroup S_{j+1} is
+issued before P_j V_j, and the softmax of S_{j+1} runs while P_j V_j is still in flight.
+
+Not supported: float32, head dims other than 64, 128, 256, biases, dropout, logit soft-capping.
+"""
+
+# Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
+# warpgroups.
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
+from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, keep_columns, tile_transforms
+from pallas_kernels.numerics import LN2, LOG2E
+
+_NEG_INF = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything static about one launch."""
+
+    spec: AttentionSpec
+    """What is computed."""
+    config: ForwardConfig
+    """How the work is cut."""
+    num_ctas: int
+    """CTAs launched; one fits on each SM."""
+    interpret: bool = False
+    """Runs in the CPU interpreter, which lacks A operands in registers and preset accumulators."""
+
+    @property
+    def tile_q(self) -> int:
+        """Queries of one CTA tile."""
+        return ROWS * self.config.compute_warpgroups
+
+    @property
+    def num_q_tiles(self) -> int:
+        """Tiles along T; the last may reach beyond it."""
+        return pl.cdiv(self.spec.query_length, self.tile_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks along S; the last may reach beyond it."""
+        return pl.cdiv(self.spec.key_length, self.config.block_kv)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the whole problem."""
+        return self.spec.batch_size * self.spec.num_heads * self.num_q_tiles
+
+    @property
+    def padded_query_length(self) -> int:
+        """T rounded up to whole tiles: the length of per-query arrays that are not clipped by TMA.
+        """
+        return self.num_q_tiles * self.tile_q
+
+    @property
+    def padded_key_length(self) -> int:
+        """S rounded up to whole blocks."""
+        return self.num_kv_blocks * self.config.block_kv
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of one CTA; a barrier's comment names producer and consumer."""
+
+    q: Any  # [tile_q, H]; also the output if config.reuse_q_smem
+    k: Any  # [num_stages, block_kv, H]
+    v: Any  # [num_stages, block_kv, H]
+    out: Any  # [tile_q, H], or None
+    lse: Any  # [tile_q], float32
+    kv_ids: Any  # [num_stages, block_kv], int32, or None
+    p: Any  # [C, ROWS, block_kv], interpreter only: the A operand of P V
+    q_full: Any  # TMA -> compute: Q has arrived
+    k_full: Any  # TMA -> compute, one per stage: K (and its segment ids)
+    v_full: Any  # TMA -> compute, one per stage
+    q_free: Any  # compute -> producer: Q may be overwritten
+    k_free: Any  # compute -> producer, one per stage
+    v_free: Any  # compute -> producer, one per stage
+    turn: Any  # compute -> compute, one per warpgroup: it may issue matrix products; or None
+
+
+def scratch_types(plan: Plan) -> Scratch:
+    """Returns the shared-memory plan: the single source of the allocation and of `smem_bytes`."""
+    config, spec = plan.config, plan.spec
+    wgs, stages, block_kv = config.compute_warpgroups, config.num_stages, config.block_kv
+    dtype = jnp.dtype(spec.dtype)
+    tile = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tile_transforms(dtype.itemsize))
+    return Scratch(
+        q=tile((plan.tile_q, spec.head_dim)),
+        k=tile((stages, block_kv, spec.head_dim)),
+        v=tile((stages, block_kv, spec.head_dim)),
+        out=None if config.reuse_q_smem else tile((plan.tile_q, spec.head_dim)),
+        lse=plgpu.SMEM((plan.tile_q,), jnp.float32),
+        kv_ids=plgpu.SMEM((stages, block_kv), jnp.int32) if spec.has_segments else None,
+        p=tile((wgs, ROWS, block_kv)) if plan.interpret else None,
+        q_full=plgpu.Barrier(),
+        k_full=plgpu.Barrier(num_arrivals=1 + spec.has_segments, num_barriers=stages),
+        v_full=plgpu.Barrier(num_barriers=stages),
+        q_free=plgpu.Barrier(num_arrivals=wgs),
+        k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=wgs) if config.ping_pong else None,
+    )
+
+
+def smem_bytes(plan: Plan) -> int:
+    """Returns the shared memory of one CTA, barriers included."""
+    total = 0
+    for entry in scratch_types(plan):
+        if isinstance(entry, plgpu.Barrier):
+            total += 8 * math.prod(entry.num_barriers)
+        elif entry is not None:
+            size = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
+            # Mosaic GPU aligns each buffer to the 1024 bytes of a swizzle pattern.
+            total += -(-size // 1024) * 1024
+    return total
+
+
+class _Inputs(NamedTuple):
+    """Global memory that the kernel reads."""
+
+    q: Any  # [B, T, N, H]
+    k: Any  # [B, S, K, H]
+    v: Any  # [B, S, K, H]
+    q_ids: Any  # [B, padded T], int32, or None
+    kv_ids: Any  # [B, padded S], int32, or None
+    block_ranges: Any  # [B, num_q_tiles, 4], int32, or None: see `_BlockRange`
+
+
+class _Tile(NamedTuple):
+    """One tile of work, as traced scalars."""
+
+    batch: Array
+    head: Array
+    q_tile: Array
+
+
+class _BlockRange(NamedTuple):
+    """Blocks start <= j < stop hold all keys that a tile sees; full_start <= j < full_stop need no
+    mask.
+    """
+
+    start: Array
+    stop: Array
+    full_start: Array
+    full_stop: Array
+
+
+class _Softmax(NamedTuple):
+    """State of the online softmax of ROWS queries, and the O of the blocks so far."""
+
+    row_max: Array  # [ROWS], of c * S
+    row_sum: Array  # [ROWS]
+    out: Array  # [ROWS, H], float32
+
+
+def _cta_tiles(plan: Plan) -> tuple[Array, Any]:
+    """Returns how many tiles this CTA has, and the function from its i-th to the tile's index.
+
+    Tiles are dealt out in rounds, every other round in reverse order, so that a CTA that drew a
+    long tile in one round draws a short one in the next.
+    """
+    cta = lax.axis_index("cta")
+    full_rounds, rest = divmod(plan.num_tiles, plan.num_ctas)
+    last = (plan.num_ctas - 1 - cta) if full_rounds % 2 else cta
+    count = full_rounds + (last < rest).astype(jnp.int32)
+
+    def index(i: Array) -> Array:
+        position = jnp.where(i % 2 == 1, plan.num_ctas - 1 - cta, cta)
+        return i * plan.num_ctas + position
+
+    return count, index
+
+
+def _tile(plan: Plan, index: Array) -> _Tile:
+    """Maps the index of a tile to its coordinates: sections of heads whose K and V fit in L2,
+    longest tiles first.
+    """
+    heads = plan.config.heads_per_section
+    section, rest = _divmod(index, heads * plan.num_q_tiles)
+    rank, head = _divmod(rest, heads)
+    batch, head = _divmod(section * heads + head, plan.spec.num_heads)
+    # Under a causal mask the last queries see the most keys.
+    q_tile = plan.num_q_tiles - 1 - rank if plan.spec.band.right is not None else rank
+    return _Tile(batch, head, q_tile)
+
+
+def _divmod(x: Array, divisor: int) -> tuple[Array, Array]:
+    """Divides non-negative int32."""
+    divisor = jnp.int32(divisor)
+    return lax.div(x, divisor), lax.rem(x, divisor)
+
+
+def _block_range(plan: Plan, block_ranges: Any, tile: _Tile) -> _BlockRange:
+    """Returns which key blocks a tile needs: looked up with segment ids, else computed from the
+    band.
+    """
+    if plan.spec.has_segments:
+        return _BlockRange(*(block_ranges[tile.batch, tile.q_tile, i] for i in range(4)))
+    band, block_kv = plan.spec.band, plan.config.block_kv
+    first_q = tile.q_tile * plan.tile_q
+    last_q = first_q + plan.tile_q - 1
+    start = full_start = jnp.int32(0)
+    stop = jnp.int32(plan.num_kv_blocks)
+    full_stop = jnp.int32(plan.spec.key_length // block_kv)
+    if band.right is not None:
+        stop = jnp.minimum(stop, lax.div(last_q + band.right, block_kv) + 1)
+        full_stop = jnp.minimum(full_stop, lax.div(first_q + band.right + 1, block_kv))
+    if band.left is not None:
+        start = lax.div(jnp.maximum(first_q - band.left, 0), block_kv)
+        start = jnp.minimum(start, plan.num_kv_blocks - 1)
+        full_start = lax.div(jnp.maximum(last_q - band.left, 0) + block_kv - 1, block_kv)
+    # A tile that sees no key still runs one block, all masked, which makes its output 0.
+    return _BlockRange(start, jnp.maximum(stop, start + 1), full_start, full_stop)
+
+
+def _produce(plan: Plan, inputs: _Inputs, scratch: Scratch) -> None:
+    """Loads Q of each tile, then its blocks of K and V, as their buffers become free."""
+    count, index = _cta_tiles(plan)
+    stages, block_kv = plan.config.num_stages, plan.config.block_kv
+
+    def load_tile(i: Array, step: Array) -> Array:
+        tile = _tile(plan, index(i))
+        kv_head = lax.div(tile.head, jnp.int32(plan.spec.num_heads // plan.spec.num_kv_heads))
+        blocks = _block_range(plan, inputs.block_ranges, tile)
+        queries = pl.ds(tile.q_tile * plan.tile_q, plan.tile_q)
+        plgpu.barrier_wait(scratch.q_free)
+        plgpu.copy_gmem_to_smem(
+            inputs.q.at[tile.batch, queries, tile.head], scratch.q, scratch.q_full
+        )
+
+        def load_block(j: Array, step: Array) -> Array:
+            slot = lax.rem(step, jnp.int32(stages))
+            keys = pl.ds((blocks.stop - 1 - j) * block_kv, block_kv)
+            k_full, v_full = scratch.k_full.at[slot], scratch.v_full.at[slot]
+            plgpu.barrier_wait(scratch.k_free.at[slot])
+            plgpu.copy_gmem_to_smem(
+                inputs.k.at[tile.batch, keys, kv_head], scratch.k.at[slot], k_full
+            )
+            if plan.spec.has_segments:
+                plgpu.copy_gmem_to_smem(
+                    inputs.kv_ids.at[tile.batch, keys], scratch.kv_ids.at[slot], k_full
+                )
+            plgpu.barrier_wait(scratch.v_free.at[slot])
+            plgpu.copy_gmem_to_smem(
+                inputs.v.at[tile.batch, keys, kv_head], scratch.v.at[slot], v_full
+            )
+            return step + 1
+
+        return lax.fori_loop(0, blocks.stop - blocks.start, load_block, step)
+
+    lax.fori_loop(0, count, load_tile, jnp.int32(0))
+    if plan.interpret:  # which insists that somebody waits for every arrival
+        plgpu.barrier_wait(scratch.q_free)
+        for slot in range(stages):
+            plgpu.barrier_wait(scratch.k_free.at[slot])
+            plgpu.barrier_wait(scratch.v_free.at[slot])
+
+
+def _compute(plan: Plan, inputs: _Inputs, outputs: tuple[Any, Any], scratch: Scratch) -> None:
+    """Computes ROWS queries of each tile."""
+    wg = lax.axis_index("wg")
+    count, index = _cta_tiles(plan)
+    wgs = plan.config.compute_warpgroups
+    # All buffers start out free.
+    plgpu.barrier_arrive(scratch.q_free)
+    for slot in range(plan.config.num_stages):
+        plgpu.barrier_arrive(scratch.k_free.at[slot])
+        plgpu.barrier_arrive(scratch.v_free.at[slot])
+    if plan.config.ping_pong:
+        pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(scratch.turn.at[0]))
+
+    def compute_tile(i: Array, step: Array) -> Array:
+        tile = _tile(plan, index(i))
+        blocks = _block_range(plan, inputs.block_ranges, tile)
+        first_query = tile.q_tile * plan.tile_q + wg * ROWS
+        plgpu.barrier_wait(scratch.q_full)
+        state = _attend(plan, inputs, scratch, tile, blocks, first_query, step)
+        # Working these out anew is cheaper than holding them in registers through the loop.
+        tile = _tile(plan, index(_pin(plan, i)))
+        _store(plan, outputs, scratch, tile, state)
+        return step + blocks.stop - blocks.start
+
+    lax.fori_loop(0, count, compute_tile, jnp.int32(0))
+    if plan.config.ping_pong and plan.interpret:
+        pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _attend(
+    plan: Plan,
+    inputs: _Inputs,
+    scratch: Scratch,
+    tile: _Tile,
+    blocks: _BlockRange,
+    first_query: Array,
+    first_step: Array,
+) -> _Softmax:
+    """Runs the loop over key blocks for ROWS queries; returns the final state."""
+    wg = lax.axis_index("wg")
+    config = plan.config
+    q_smem = scratch.q.at[pl.ds(wg * ROWS, ROWS)]
+    s_type = plgpu.ACC((ROWS, config.block_kv), jnp.float32)
+    o_type = plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
+    num_blocks = blocks.stop - blocks.start
+    q_ids = None
+    if plan.spec.has_segments:
+        ids = inputs.q_ids.at[tile.batch, pl.ds(first_query, ROWS)]
+        q_ids = plgpu.load(ids, layout=PER_ROW)
+
+    def slot_of(j: Array) -> Array:
+        return lax.rem(first_step + j, jnp.int32(config.num_stages))
+
+    def softmax(j: Array, s: Array, row_max: Array, row_sum: Array):
+        block = blocks.stop - 1 - j
+        kv_ids = scratch.kv_ids.at[slot_of(j)] if plan.spec.has_segments else None
+        s = _mask(plan, blocks, block, s, first_query, q_ids, kv_ids)
+        return _softmax_step(plan, s, row_max, row_sum)
+
+    def qk(s_acc: Any, j: Array) -> None:
+        plgpu.wgmma(s_acc, q_smem, scratch.k.at[slot_of(j)].transpose((1, 0)))
+
+    def pv(o_acc: Any, out: Array, p: Array, j: Array) -> None:
+        if plan.interpret:
+            p_smem = scratch.p.at[wg]
+            p_smem[...] = p
+            plgpu.commit_smem()
+            plgpu.wgmma(o_acc, p_smem, scratch.v.at[slot_of(j)])
+        else:
+            o_acc[...] = out
+            plgpu.wgmma(o_acc, p, scratch.v.at[slot_of(j)])
+
+    def read(o_acc: Any, out: Array) -> Array:
+        return out + o_acc[...] if plan.interpret else o_acc[...]
+
+    def wait_for_k(j: Array) -> None:
+        @pl.when(j < num_blocks)
+        def _() -> None:
+            plgpu.barrier_wait(scratch.k_full.at[slot_of(j)])
+
+    def first_block(s_acc: Any) -> Array:
+        _take_turn(plan, scratch)
+        qk(s_acc, jnp.int32(0))
+        _pass_turn(plan, scratch)
+        return s_acc[...]
+
+    wait_for_k(jnp.int32(0))
+    s = pl.run_scoped(first_block, s_type)
+    row_max = _row_constant(_NEG_INF, jnp.float32)
+    row_sum = _row_constant(0.0, jnp.float32)
+    out = plgpu.layout_cast(jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32), MATRIX)
+    p, row_max, row_sum, _ = softmax(jnp.int32(0), s, row_max, row_sum)
+    p = p.astype(plan.spec.dtype)
+    plgpu.barrier_arrive(scratch.k_free.at[slot_of(jnp.int32(0))])
+    wait_for_k(jnp.int32(1))
+
+    def body(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        out, row_max, row_sum, p = carry
+        k_slot, v_slot = slot_of(j), slot_of(j - 1)
+
+        def products(s_acc: Any, o_acc: Any):
+            _take_turn(plan, scratch)
+            qk(s_acc, j)
+            plgpu.barrier_wait(scratch.v_full.at[v_slot])
+            pv(o_acc, out, p, j - 1)
+            _pass_turn(plan, scratch)
+            if config.overlap:
+                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                result = softmax(j, s, row_max, row_sum)
+                plgpu.barrier_arrive(scratch.k_free.at[k_slot])
+                result = _pin(plan, result)
+                wait_for_k(j + 1)
+                new_out = read(o_acc, out)
+                plgpu.barrier_arrive(scratch.v_free.at[v_slot])
+            else:
+                new_out = read(o_acc, out)
+                plgpu.barrier_arrive(scratch.v_free.at[v_slot])
+                result = softmax(j, s_acc[...], row_max, row_sum)
+                plgpu.barrier_arrive(scratch.k_free.at[k_slot])
+                wait_for_k(j + 1)
+            return result, new_out
+
+        (p_f32, new_max, new_sum, decay), new_out = pl.run_scoped(products, s_type, o_type)
+        # The registers of P feed the product that is still in flight until `new_out` is read;
+        # converting earlier makes ptxas serialise the wgmmas.
+        p_f32, new_out = _pin(plan, (p_f32, new_out))
+        new_out = new_out * _rows(decay, new_out.shape)
+        return new_out, new_max, new_sum, p_f32.astype(plan.spec.dtype)
+
+    carry = (out, row_max, row_sum, p)
+    out, row_max, row_sum, p = lax.fori_loop(1, num_blocks, body, carry)
+    if not config.reuse_q_smem:
+        plgpu.barrier_arrive(scratch.q_free)
+    last = num_blocks - 1
+
+    def last_block(o_acc: Any) -> Array:
+        pv(o_acc, out, p, last)
+        return read(o_acc, out)
+
+    plgpu.barrier_wait(scratch.v_full.at[slot_of(last)])
+    out = pl.run_scoped(last_block, o_type)
+    plgpu.barrier_arrive(scratch.v_free.at[slot_of(last)])
+    return _Softmax(row_max, row_sum, out)
+
+
+def _pin(plan: Plan, x: Any) -> Any:
+    """Keeps the compiler from moving the computation of x past this point, or from merging it."""
+    return x if plan.interpret else lax.optimization_barrier(x)
+
+
+def _take_turn(plan: Plan, scratch: Scratch) -> None:
+    """Waits until this warpgroup may issue matrix products."""
+    if plan.config.ping_pong:
+        plgpu.barrier_wait(scratch.turn.at[lax.axis_index("wg")])
+
+
+def _pass_turn(plan: Plan, scratch: Scratch) -> None:
+    """Lets the next warpgroup issue its matrix products."""
+    if plan.config.ping_pong:
+        wgs = jnp.int32(plan.config.compute_warpgroups)
+        plgpu.barrier_arrive(scratch.turn.at[lax.rem(lax.axis_index("wg") + 1, wgs)])
+
+
+def _rows(x: Array, shape: tuple[int, ...]) -> Array:
+    """Broadcasts one value per row, [ROWS], to a matrix."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _row_constant(value: Any, dtype: Any) -> Array:
+    """Returns `value` for each row."""
+    return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), PER_ROW)
+
+
+def _mask(
+    plan: Plan,
+    blocks: _BlockRange,
+    block: Array,
+    s: Array,
+    first_query: Array,
+    q_ids: Array | None,
+    kv_ids_smem: Any,
+) -> Array:
+    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
+    spec = plan.spec
+    first_key = block * plan.config.block_kv
+    is_ragged = spec.key_length % plan.config.block_kv != 0
+    if spec.band.is_full and not spec.has_segments and not is_ragged:
+        return s
+
+    def masked() -> Array:
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+        # Columns of this block that the query of each row sees.
+        query = row + (first_query - first_key)
+        last = _row_constant(spec.key_length - 1 - first_key, jnp.int32)
+        if spec.band.right is not None:
+            last = jnp.minimum(last, query + spec.band.right)
+        first = _row_constant(0, jnp.int32)
+        if spec.band.left is not None:
+            first = query - spec.band.left
+        seen = keep_columns(s, first, last, interpret=plan.interpret)
+        if not spec.has_segments:
+            return seen
+        kv_ids = plgpu.load(kv_ids_smem, layout=PER_COLUMN)
+        same = _rows(q_ids, s.shape) == lax.broadcast_in_dim(kv_ids, s.shape, [1])
+        return jnp.where(same, seen, _NEG_INF)
+
+    needs_mask = (block < blocks.full_start) | (block >= blocks.full_stop)
+    return lax.cond(needs_mask, masked, lambda: s)
+
+
+def _softmax_step(
+    plan: Plan, s: Array, row_max: Array, row_sum: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Returns P, the new row maximum and sum, and the factor exp2(m - m') for what was summed
+    before.
+    """
+    scale = plan.spec.softmax_scale * LOG2E
+    new_max = jnp.maximum(row_max, s.max(axis=1) * scale)
+    # A row without any key so far has maximum -inf; 0 keeps inf - inf out of the exponent.
+    reference = jnp.where(new_max == _NEG_INF, 0.0, new_max)
+    decay = jnp.exp2(row_max - reference)
+    p = jnp.exp2(s * scale - _rows(reference, s.shape))
+    return p, new_max, row_sum * decay + p.sum(axis=1), decay
+
+
+def _store(
+    plan: Plan,
+    outputs: tuple[Any, Any],
+    scratch: Scratch,
+    tile: _Tile,
+    state: _Softmax,
+) -> None:
+    """Normalises O and writes it and the log-sum-exp through shared memory."""
+    out_gmem, lse_gmem = outputs
+    rows = pl.ds(lax.axis_index("wg") * ROWS, ROWS)
+    out_smem = (scratch.q if plan.config.reuse_q_smem else scratch.out).at[rows]
+    lse_smem = scratch.lse.at[rows]
+    is_empty = state.row_sum == 0.0
+    row_sum = jnp.where(is_empty, 1.0, state.row_sum)
+    out = state.out * _rows(1.0 / row_sum, state.out.shape)
+    lse = jnp.where(is_empty, _NEG_INF, state.row_max * LN2 + jnp.log(row_sum))
+    # The previous tile's output may still be on its way out of these buffers.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem[...] = out.astype(plan.spec.dtype)
+    lse_smem[...] = lse
+    plgpu.commit_smem()
+    queries = pl.ds(tile.q_tile * plan.tile_q + lax.axis_index("wg") * ROWS, ROWS)
+    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tile.batch, queries, tile.head])
+    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[tile.batch, tile.head, queries])
+    if plan.config.reuse_q_smem:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(scratch.q_free)
+
+
+def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
+    """Splits the warpgroups into compute and producer."""
+    num_inputs = 6 if plan.spec.has_segments else 3
+    inputs = _Inputs(*(*refs[:num_inputs], None, None, None)[:6])
+    outputs = refs[num_inputs:]
+    scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
+    wg = lax.axis_index("wg")
+    wgs = plan.config.compute_warpgroups
+
+    @pl.when(wg < wgs)
+    def _() -> None:
+        plgpu.set_max_registers(plan.config.compute_registers, action="increase")
+        _compute(plan, inputs, outputs, scratch)
+
+    @pl.when(wg == wgs)
+    def _() -> None:
+        plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
+        _produce(plan, inputs, scratch)
+
+
+def launch(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: tuple[Array, Array, Array] | None,
+    *,
+    plan: Plan,
+) -> tuple[Array, Array]:
+    """Runs the kernel.
+
+    Args:
+      q: `[B, T, N, H]`.
+      k: `[B, S, K, H]`.
+      v: like k.
+      segments: ids `[B, padded T]` and `[B, padded S]`, and block ranges `[B, num_q_tiles, 4]`, all
+        int32; or None.
+      plan: shapes, config and device.
+
+    Returns:
+      Output `[B, T, N, H]`, and log-sum-exp `[B, N, padded T]`, float32.
+    """
+    spec = plan.spec
+    scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
+    lse_shape = (spec.batch_size, spec.num_heads, plan.padded_query_length)
+    return plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+        ),
+        scratch_types=scratch,
+        grid=(plan.num_ctas,),
+        grid_names=("cta",),
+        num_threads=plan.config.compute_warpgroups + 1,
+        thread_name="wg",
+        kernel_name="flash_attention_fwd",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
+    )(q, k, v, *(segments or ()))
