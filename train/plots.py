@@ -1,8 +1,10 @@
 """Loss curves as a picture, from metrics.jsonl alone."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,19 +25,27 @@ _COLORS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 _BAND_COLOR = "#999999"
 
 
+@dataclasses.dataclass(frozen=True)
 class Curve:
-    """The training losses of one run against tokens, without the non-finite ones."""
+    """The training losses of one run, without the non-finite ones."""
 
-    def __init__(self, metrics: Metrics, label: str = ""):
-        """Takes the loss of each train record that has one."""
+    label: str
+    """Name of the run."""
+    tokens: np.ndarray
+    """Tokens trained on, float64 [records], rising."""
+    loss: np.ndarray
+    """Loss [nats per token], float64 [records]."""
+
+    @classmethod
+    def of(cls, metrics: Metrics) -> Self:
+        """Takes the train records that have a loss."""
         points = [
             (record["tokens"], record["loss_nats"])
             for record in metrics.train
             if record.get("loss_nats") is not None
         ]
-        self.label = label or metrics.name
-        self.tokens = np.array([tokens for tokens, _ in points], np.float64)
-        self.loss = np.array([loss for _, loss in points], np.float64)
+        tokens, loss = np.array(points, np.float64).reshape(-1, 2).T
+        return cls(metrics.name, tokens, loss)
 
     def smoothed(self) -> np.ndarray:
         """Returns the mean loss over the latest tenth of the tokens up to each point, float64.
@@ -47,11 +57,19 @@ class Curve:
         last = np.arange(1, len(self.loss) + 1)
         return (sums[last] - sums[first]) / (last - first)
 
-    def at(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns the smoothed loss at `tokens`, NaN beyond the run's own range."""
-        if not len(self.tokens):
-            return np.full(np.shape(tokens), np.nan)
-        return np.interp(tokens, self.tokens, self.smoothed(), left=np.nan, right=np.nan)
+    def gap_to(self, reference: "Curve") -> tuple[np.ndarray, np.ndarray]:
+        """Compares the smoothed losses of two runs.
+
+        Only the points that both logged are averaged, so that the noise of single batches cancels
+        in runs with the same data order, however often each was logged.
+
+        Returns: tokens, float64 [points]; smoothed loss over the reference's, minus 1. Both empty
+          if the runs have no point in common.
+        """
+        common, own, others = np.intersect1d(self.tokens, reference.tokens, return_indices=True)
+        mine = Curve(self.label, common, self.loss[own]).smoothed()
+        theirs = Curve(reference.label, common, reference.loss[others]).smoothed()
+        return common, mine / theirs - 1
 
 
 def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Path] = ()) -> None:
@@ -70,8 +88,8 @@ def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Pat
       OSError: `path` cannot be written.
     """
     runs = [read_metrics(directory) for directory in run_directories]
-    curves = [Curve(run) for run in runs]
-    band_curves = [Curve(read_metrics(directory)) for directory in band]
+    curves = [Curve.of(run) for run in runs]
+    band_curves = [Curve.of(read_metrics(directory)) for directory in band]
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     if len(curves) + len(band_curves) > 1:
@@ -91,11 +109,10 @@ def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Pat
 
 def _draw_losses(axes: Axes, runs: list[Metrics], curves: list[Curve], band: list[Curve]) -> None:
     if band:
-        low, high, grid = _range_of(band, curves[0].tokens)
+        grid = curves[0].tokens
+        lines = [_on_grid(grid, curve.tokens, curve.smoothed()) for curve in band]
         names = ", ".join(curve.label for curve in band)
-        axes.fill_between(
-            grid, low, high, color=_BAND_COLOR, alpha=0.45, lw=0, label=f"range of {names}"
-        )
+        _shade(axes, grid, lines, label=f"range of {names}")
     for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
         color = _COLORS[index % len(_COLORS)]
         axes.plot(curve.tokens, curve.loss, color=color, alpha=0.25, lw=0.8)
@@ -118,34 +135,33 @@ def _draw_losses(axes: Axes, runs: list[Metrics], curves: list[Curve], band: lis
 
 def _draw_gaps(axes: Axes, curves: list[Curve], band: list[Curve]) -> None:
     reference = curves[0]
-    grid, base = reference.tokens, reference.smoothed()
     if band:
-        low, high, _ = _range_of(band, grid)
-        axes.fill_between(
-            grid,
-            100 * (low / base - 1),
-            100 * (high / base - 1),
-            color=_BAND_COLOR,
-            alpha=0.45,
-            lw=0,
-        )
-    gaps = [100 * (curve.at(grid) / base - 1) for curve in curves]
-    for index, gap in enumerate(gaps):
-        axes.plot(grid, gap, color=_COLORS[index % len(_COLORS)], lw=1.6)
+        gaps = [_on_grid(reference.tokens, *curve.gap_to(reference)) for curve in band]
+        _shade(axes, reference.tokens, [100 * gap for gap in gaps])
+    largest = 0.0
+    for index, curve in enumerate(curves):
+        tokens, gap = curve.gap_to(reference)
+        axes.plot(tokens, 100 * gap, color=_COLORS[index % len(_COLORS)], lw=1.6)
+        # The first tenth, where losses fall steeply, may leave the panel.
+        largest = max(largest, 100 * np.max(np.abs(gap[len(gap) // 10 :]), initial=0.0))
     for sign in (-1, 1):
         axes.axhline(sign * 100 * TOLERANCE, color="#666666", lw=0.9, ls=(0, (4, 3)))
-    # The first tenth, where losses fall steeply, may leave the panel.
-    late = np.concatenate([gap[len(gap) // 10 :] for gap in gaps])
-    largest = np.nanmax(np.abs(late), initial=0.0)
     limit = 1.15 * max(largest, 200 * TOLERANCE)
     axes.set_ylim(-limit, limit)
     axes.set_ylabel(f"gap to\n{reference.label} [%]")
     _style(axes)
 
 
-def _range_of(curves: list[Curve], grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    losses = np.stack([curve.at(grid) for curve in curves])
-    return losses.min(axis=0), losses.max(axis=0), grid
+def _on_grid(grid: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns `values` at the tokens of `grid`, NaN beyond the range of `tokens`."""
+    if not len(tokens):
+        return np.full_like(grid, np.nan)
+    return np.interp(grid, tokens, values, left=np.nan, right=np.nan)
+
+
+def _shade(axes: Axes, grid: np.ndarray, lines: list[np.ndarray], label: str | None = None) -> None:
+    low, high = np.min(lines, axis=0), np.max(lines, axis=0)
+    axes.fill_between(grid, low, high, color=_BAND_COLOR, alpha=0.45, lw=0, label=label)
 
 
 def _loss_limits(curves: list[Curve]) -> tuple[float, float]:

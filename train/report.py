@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from train.config import ConfigError
@@ -45,8 +44,8 @@ class Row:
 def compare(runs: Sequence[Metrics]) -> list[Row]:
     """Returns the table, a column for each run; gaps in per cent of the first run.
 
-    The gap of the training loss is taken where the shorter of the two runs ends, that of the
-    validation loss at the last step at which both were validated.
+    The gap of the training loss is taken at the last step that both logged, that of the validation
+    loss at the last step at which both were validated.
     """
     return [
         Row("steps", [str(run.train[-1]["step"]) for run in runs]),
@@ -115,16 +114,13 @@ def _check(config: ReportConfig) -> None:
 
 
 def _train_losses(runs: Sequence[Metrics]) -> list[str]:
-    curves = [Curve(run) for run in runs]
-    reference = curves[0]
+    curves = [Curve.of(run) for run in runs]
     cells = []
     for curve in curves:
-        if not len(curve.tokens) or not len(reference.tokens):
-            cells.append(_NONE)
-            continue
-        end = np.array([min(curve.tokens[-1], reference.tokens[-1])])
-        gap = (curve.at(end) / reference.at(end)).item() - 1 if curve is not reference else None
-        cells.append(_with_gap(f"{curve.smoothed()[-1]:.4f}", gap))
+        _, gaps = curve.gap_to(curves[0])
+        gap = gaps[-1] if len(gaps) and curve is not curves[0] else None
+        smoothed = curve.smoothed()
+        cells.append(_with_gap(f"{smoothed[-1]:.4f}", gap) if len(smoothed) else _NONE)
     return cells
 
 
@@ -161,7 +157,7 @@ def _medians(
 
 
 def _with_gap(text: str, gap: float | None) -> str:
-    return text if gap is None or not np.isfinite(gap) else f"{text} ({gap:+.2%})"
+    return text if gap is None else f"{text} ({gap:+.2%})"
 
 
 def _last(run: Metrics, name: str, form: str) -> str:

@@ -72,7 +72,7 @@ class RunDirectory:
     def __init__(self, path: Path, *, is_resumed: bool, lock: io.TextIOWrapper | None):
         self.path = path
         self.is_resumed = is_resumed
-        """Whether an earlier start left its config here."""
+        """Whether an earlier start has trained here."""
         self._lock = lock
 
     @classmethod
@@ -105,7 +105,7 @@ class RunDirectory:
         """
         path = Path(config.run.directory)
         if process_index != 0:
-            return cls(path, is_resumed=(path / CONFIG_FILE).exists(), lock=None)
+            return cls(path, is_resumed=_check_resume(path, config), lock=None)
         with _explain_os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             directory = cls(path, is_resumed=False, lock=_take_lock(path / LOCK_FILE))
@@ -230,29 +230,29 @@ def _take_lock(path: Path) -> io.TextIOWrapper:
 
 
 def _check_resume(path: Path, config: TrainConfig) -> bool:
-    """Returns whether an earlier start is there to go on from, as far as `run.resume` allows it."""
+    """Returns whether training was done here, which `run.resume` must allow to go on from."""
     folder = path / CHECKPOINT_FOLDER
-    checkpoints = [p.name for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    is_used = any((path / name).exists() for name in (CONFIG_FILE, METRICS_FILE)) or checkpoints
+    has_checkpoint = folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+    # A start that failed before its first step leaves a config and no more: the next one, with the
+    # mistake put right, is not bound by it.
+    metrics = path / METRICS_FILE
+    is_used = has_checkpoint or (metrics.exists() and b'"kind": "train"' in metrics.read_bytes())
     if config.run.resume == "never" and is_used:
         raise ConfigError(
-            f"--run.resume=never needs a fresh folder, and --run.directory={path} holds an"
-            f" earlier run; choose another"
-            " --run.directory, delete that one, or use --run.resume=auto"
+            f"--run.resume=never needs a fresh folder, and --run.directory={path} holds an earlier"
+            " run; choose another --run.directory, delete that one, or use --run.resume=auto"
         )
-    if config.run.resume == "must" and not checkpoints:
+    if config.run.resume == "must" and not has_checkpoint:
         raise ConfigError(
             f"--run.resume=must needs a checkpoint, and --run.directory={path} holds none; check"
-            f" the path, or use"
-            " --run.resume=auto"
+            " the path, or use --run.resume=auto"
         )
-    if checkpoints and not (path / CONFIG_FILE).exists():
+    if is_used and not (path / CONFIG_FILE).exists():
         raise ConfigError(
-            f"--run.directory={path} holds checkpoints but no {CONFIG_FILE} to tell what they are"
-            f" of; put that file"
-            " back, or choose another --run.directory"
+            f"--run.directory={path} holds a run but no {CONFIG_FILE} to tell what it is; put that"
+            " file back, or choose another --run.directory"
         )
-    return (path / CONFIG_FILE).exists()
+    return is_used
 
 
 def _compare(path: Path, config: TrainConfig) -> list[str]:

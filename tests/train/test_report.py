@@ -40,7 +40,7 @@ def cells(rows, title) -> list[str]:
 
 def test_smoothing_is_the_mean_over_the_latest_tenth_of_the_tokens(tmp_path):
     losses = [float(i) for i in range(1, 101)]
-    smoothed = Curve(read_metrics(write_run(tmp_path / "a", losses))).smoothed()
+    smoothed = Curve.of(read_metrics(write_run(tmp_path / "a", losses))).smoothed()
     assert smoothed[0] == 1.0
     assert smoothed[9] == 10.0  # 10k tokens: those after 9k.
     assert smoothed[99] == np.mean(losses[90:])
@@ -48,7 +48,7 @@ def test_smoothing_is_the_mean_over_the_latest_tenth_of_the_tokens(tmp_path):
 
 
 def test_smoothing_passes_over_non_finite_losses(tmp_path):
-    curve = Curve(read_metrics(write_run(tmp_path / "a", [4.0, None, 2.0])))
+    curve = Curve.of(read_metrics(write_run(tmp_path / "a", [4.0, None, 2.0])))
     assert curve.loss.tolist() == [4.0, 2.0]
     assert curve.tokens.tolist() == [1000.0, 3000.0]
 
@@ -89,6 +89,23 @@ def test_gap_at_the_end_of_the_shorter_run(tmp_path):
     b = write_run(tmp_path / "b", [2.5] * 10)
     rows = compare([read_metrics(a), read_metrics(b)])
     assert cells(rows, "train loss, smoothed [nats]") == ["1.0000", "2.5000 (+25.00%)"]
+
+
+def test_gap_takes_only_what_both_runs_logged(tmp_path):
+    """Runs of one data order, one logged at every step, the other at every second."""
+    a = write_run(tmp_path / "a", [float(i) for i in range(100, 0, -1)])
+    b = write_run(tmp_path / "b", [2.0 * i for i in range(99, 0, -2)], tokens_per_step=2000)
+    tokens, gap = Curve.of(read_metrics(b)).gap_to(Curve.of(read_metrics(a)))
+    assert tokens.tolist() == [2000.0 * i for i in range(1, 51)]
+    np.testing.assert_allclose(gap, 1.0, rtol=1e-12)
+
+
+def test_no_gap_without_a_common_point(tmp_path):
+    a = write_run(tmp_path / "a", [2.0] * 3)
+    b = write_run(tmp_path / "b", [2.0] * 3, tokens_per_step=999)
+    rows = compare([read_metrics(a), read_metrics(b)])
+    assert cells(rows, "train loss, smoothed [nats]") == ["2.0000", "2.0000"]
+    plot_loss([a, b], tmp_path / "loss.png", band=[a, b])
 
 
 def test_run_without_a_finite_loss(tmp_path):

@@ -26,9 +26,10 @@ def config(directory: Path, **changes: object) -> TrainConfig:
 
 
 def start(cfg: TrainConfig) -> list[str]:
-    """Opens and closes the run directory, as a start of the trainer does; returns its reports."""
+    """Opens and closes the run directory, as a start that trains does; returns its reports."""
     lines: list[str] = []
-    RunDirectory.open(cfg, report=lines.append).close()
+    with RunDirectory.open(cfg, report=lines.append) as run, run.metrics.open("a") as metrics:
+        metrics.write(json.dumps({"kind": "train", "step": 1}) + "\n")
     return lines
 
 
@@ -95,6 +96,7 @@ def test_lock_vanishes_with_sigkill_even_when_a_forked_child_lives_on(tmp_path):
 
 
 def test_other_processes_of_the_same_run_neither_lock_nor_write(tmp_path):
+    start(config(tmp_path))
     with RunDirectory.open(config(tmp_path)) as first:
         before = (first.path / "versions.json").read_bytes()
         with RunDirectory.open(config(tmp_path, **{"run.steps": 9}), process_index=1) as second:
@@ -130,6 +132,16 @@ def test_no_space_for_the_config_names_the_folder_and_frees_the_lock(tmp_path, m
     start(config(tmp_path))
 
 
+def test_failed_start_does_not_bind_the_next(tmp_path):
+    RunDirectory.open(config(tmp_path, **{"data.path": ("mistyped",)})).close()
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "event", "step": 0, "message": "start"}\n')
+    with RunDirectory.open(config(tmp_path, **{"run.resume": "never"})) as run:
+        assert not run.is_resumed
+    assert (tmp_path / "config.toml").read_text() == to_toml(
+        config(tmp_path, **{"run.resume": "never"})
+    )
+
+
 def test_resume_never_refuses_a_used_folder(tmp_path):
     start(config(tmp_path, **{"run.resume": "never"}))
     with pytest.raises(ConfigError, match="--run.resume=never needs a fresh folder"):
@@ -147,7 +159,7 @@ def test_resume_must_refuses_a_folder_without_a_checkpoint(tmp_path):
 
 def test_checkpoints_without_a_config_are_refused(tmp_path):
     add_checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match="holds checkpoints but no config.toml"):
+    with pytest.raises(ConfigError, match="holds a run but no config.toml"):
         RunDirectory.open(config(tmp_path))
 
 
