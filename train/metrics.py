@@ -77,6 +77,7 @@ class MetricsWriter:
         config: TrainConfig,
         *,
         resume_step: int,
+        device_count: int | None = None,
         sinks: Sequence[Sink] | None = None,
         console: Console | None = None,
     ):
@@ -86,6 +87,7 @@ class MetricsWriter:
           run_directory: folder of the run.
           config: for tokens per step, model FLOPs and the sinks that are asked for.
           resume_step: optimizer steps that the restored state has done, 0 for a fresh one.
+          device_count: devices that train, of all processes; None means all there are.
           sinks: instead of those that `config.log` asks for.
           console: instead of one on standard output.
 
@@ -97,6 +99,7 @@ class MetricsWriter:
         self._config = config
         self._tokens_per_step = config.data.batch_size * config.data.sequence_length
         self._flops_per_token = model_flops_per_token(config.model, config.data.sequence_length)
+        self._device_count = device_count or jax.device_count()
         device = jax.devices()[0]
         self._peak = config.log.peak_tflops or peak_tflops(device.device_kind, "bfloat16")
         self._path = Path(run_directory) / METRICS_FILE
@@ -111,7 +114,7 @@ class MetricsWriter:
             if sinks is not None
             else open_sinks(run_directory, config, resume_step=resume_step)
         )
-        devices = f"{jax.device_count()} x {device.device_kind}"
+        devices = f"{self._device_count} x {device.device_kind}"
         self.event(resume_step, f"start at step {resume_step} on {devices}; {self._describe_mfu()}")
 
     def __enter__(self) -> Self:
@@ -173,7 +176,7 @@ class MetricsWriter:
     def _mfu(self, tokens_per_s: float) -> float | None:
         if not self._peak:
             return None
-        return mfu(tokens_per_s, self._flops_per_token, self._peak, jax.device_count())
+        return mfu(tokens_per_s, self._flops_per_token, self._peak, self._device_count)
 
     def _record(self, kind: str, step: int, numbers: Mapping[str, Any]) -> None:
         plain = {name: _plain(value) for name, value in numbers.items()}

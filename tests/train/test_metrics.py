@@ -38,6 +38,7 @@ class Recorder:
 
 
 def writer(directory, *, resume_step=0, config=CONFIG, **options) -> MetricsWriter:
+    options.setdefault("device_count", 1)
     options.setdefault("sinks", [])
     options.setdefault("console", Console(config.run.steps, stream=io.StringIO()))
     return MetricsWriter(directory, config, resume_step=resume_step, **options)
@@ -131,9 +132,9 @@ def test_mfu_takes_the_bf16_peak_of_a_known_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(
         metrics, "peak_tflops", lambda kind, dtype: {("cpu", "bfloat16"): 989.0}[kind, dtype]
     )
-    with writer(tmp_path) as out:
+    with writer(tmp_path, device_count=4) as out:
         out.train_step(10, step_values(), step_time_s=0.5)
-    expected = 512 * model_flops_per_token(CONFIG.model, 64) / 989e12
+    expected = 512 * model_flops_per_token(CONFIG.model, 64) / (4 * 989e12)
     assert lines(tmp_path)[1]["mfu"] == pytest.approx(expected, rel=1e-12)
 
 
