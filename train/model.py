@@ -21,6 +21,7 @@ import jfp8
 import jfp8.nnx
 from pallas_kernels import flash_attention
 from train.config import ModelConfig
+from train.embedding import embed
 
 COMPUTE_DTYPE = jnp.bfloat16
 _INIT_STD = 0.02
@@ -186,7 +187,7 @@ class Transformer(nnx.Module):
           segment_ids: int32 [B, T], equal inside one document; None lets every token see all before
             it.
         """
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(COMPUTE_DTYPE)
+        x = embed(self.embedding[...], tokens, COMPUTE_DTYPE)
         angles = rotary_angles(positions, self.config.resolved_head_dim, self.config.rope_theta)
         return self.final_norm(self._apply_blocks(x, angles, segment_ids))
 
