@@ -3,16 +3,18 @@
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 XLA_FLAGS = (
     # Every GEMM goes to cuBLASLt: in Triton's fusions an FP8 GEMM may run in 16 bits, unseen.
     "--xla_gpu_enable_triton_gemm=false",
     # Overlaps collectives with compute on several GPUs; also orders one GPU's work for less memory.
     "--xla_gpu_enable_latency_hiding_scheduler=true",
-    # Bitwise repeatable reductions, scatters and convolutions, so that a resumed run equals an
-    # undisturbed one.
-    "--xla_gpu_exclude_nondeterministic_ops=true",
 )
+
+
+# Not here: --xla_gpu_deterministic_ops and --xla_gpu_exclude_nondeterministic_ops. They turn GEMM
+# autotuning off, and with several layers of cuDNN attention the compiled step fails to run.
 
 
 def prepare_environment() -> None:
@@ -27,3 +29,18 @@ def prepare_environment() -> None:
     has_plugin = importlib.util.find_spec("jax_cuda13_plugin") is not None
     if has_plugin and not shutil.which("nvidia-smi"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """Keeps what is compiled for a GPU in `directory`, for later starts of the same run.
+
+    Autotuning may pick another GEMM algorithm in every process, and with it other roundings: a
+    resumed run would not equal an undisturbed one. It also starts faster.
+    """
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

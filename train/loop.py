@@ -14,6 +14,7 @@ from train import startup
 from train.checkpoint import Checkpointer, CheckpointSaveError
 from train.config import TrainConfig
 from train.data import build_dataset
+from train.environment import keep_compiled_programs
 from train.generate import generate
 from train.mesh import BATCH_AXES, check_divisibility, make_mesh
 from train.metrics import MetricsWriter
@@ -77,6 +78,7 @@ def train(config: TrainConfig) -> int:
         mesh = make_mesh(config.mesh)
         check_divisibility(config, mesh)
         startup.check_device_support(config)
+        keep_compiled_programs(run.path / "compiled")
         run.set_device(jax.devices()[0].device_kind, mesh.size)
         return _Run(config, run, dataset, optimizer, mesh).execute()
 
