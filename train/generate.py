@@ -14,6 +14,7 @@ import tokenizers
 from flax import nnx
 
 from train.config import FP8_ALIGNMENT, ConfigError, TrainConfig
+from train.data.tokenizer import end_of_text_id
 from train.state import make_graph, make_recipe, merge
 
 
@@ -45,10 +46,8 @@ def generate(
     Raises:
       ConfigError: if the prompt has no tokens.
     """
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
-        raise ConfigError(f"--prompt={prompt!r} has no tokens; give at least one character")
-    end = tokenizer.token_to_id("<|endoftext|>")
+    ids = encode_prompt(tokenizer, prompt)
+    end = end_of_text_id(tokenizer)
     window = -(-config.data.sequence_length // FP8_ALIGNMENT) * FP8_ALIGNMENT
     next_token = make_next_token(config, make_graph(config, make_recipe(config.fp8)))
     key = jax.random.key(seed)
@@ -62,6 +61,18 @@ def generate(
             break
         ids.append(new)
     return tokenizer.decode(ids)
+
+
+def encode_prompt(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt, at least one.
+
+    Raises:
+      ConfigError: if it has none.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids:
+        raise ConfigError(f"the prompt {prompt!r} has no tokens; give at least one character")
+    return ids
 
 
 def make_next_token(config: TrainConfig, graph: nnx.GraphDef) -> Callable:

@@ -1,139 +1,151 @@
-"""The training loop: wires the parts together, owns the clock and the signals."""
+"""The training loop: wires the parts together and owns the clock."""
 
-import dataclasses
+import contextlib
 import math
-import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train import startup
 from train.checkpoint import Checkpointer, CheckpointSaveError
-from train.config import TrainConfig
-from train.data import build_dataset
-from train.environment import keep_compiled_programs
-from train.generate import generate
-from train.mesh import BATCH_AXES, check_divisibility, make_mesh
-from train.metrics import MetricsWriter
+from train.config import ConfigError, MeshConfig, TrainConfig
+from train.data import Dataset, build_dataset
+from train.generate import encode_prompt, generate
+from train.interrupt import Interrupt
+from train.mesh import batch_sharding, check_divisibility, make_mesh, replicated
+from train.metrics import MetricsError, MetricsWriter
 from train.optimizer import make_optimizer
 from train.plots import plot_loss
-from train.run_directory import RunDirectory
+from train.run_directory import RunDirectory, atomic_write
 from train.sinks import check_sinks
 from train.state import TrainState, abstract_state, create_state
 from train.step import compile_steps, health_metrics, health_names
 
+Say = Callable[[str], None]
+
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: too many non-finite steps in a row, or FP8 that did not run in FP8."""
+    """Training cannot go on; the newest checkpoint is good."""
 
 
-@dataclasses.dataclass
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag; a second one ends the process at once."""
-
-    signal_number: int = 0
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {
-            s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        del frame
-        if self.signal_number:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal_number = number
-        name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step and saving; once more to stop at once", flush=True)
-
-
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, interrupt: Interrupt) -> int:
     """Trains, or resumes, the run that `config` describes.
+
+    Args:
+      config: the resolved config.
+      interrupt: entered, if signals are to be answered.
 
     Returns: 0 when all steps are done, 128 + signal number when stopped by SIGINT or SIGTERM.
 
     Raises:
       ConfigError, DataError, CheckpointError: for bad input, before the first step.
       TrainingError: when training cannot go on; the newest checkpoint is good.
+      OSError: when a file of the run cannot be written.
     """
     check_sinks(config.log)
-    index, count = 0, 1
-    if config.mesh.distributed:
-        jax.distributed.initialize()
-        index, count = jax.process_index(), jax.process_count()
-    with RunDirectory.open(config, process_index=index) as run:
-        optimizer = make_optimizer(config.optimizer, config.run.steps)
-        dataset = build_dataset(config, process_index=index, process_count=count)
-        if index == 0:
-            dataset.save_tokenizer(run.path / "tokenizer.json")
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    index, count = _join_processes(config.mesh)
+    say = _print if index == 0 else _keep_silent
+    with RunDirectory.open(config, process_index=index, report=say) as run:
+        dataset = build_dataset(config, process_index=index, process_count=count, log=say)
+        if config.log.sample_prompt:
+            encode_prompt(dataset.tokenizer, config.log.sample_prompt)
         mesh = make_mesh(config.mesh)
         check_divisibility(config, mesh)
         startup.check_device_support(config)
-        keep_compiled_programs(run.path / "compiled")
         run.set_device(jax.devices()[0].device_kind, mesh.size)
-        return _Run(config, run, dataset, optimizer, mesh).execute()
+        return _Run(config, run, dataset, optimizer, mesh, say).execute(interrupt)
+
+
+def _join_processes(config: MeshConfig) -> tuple[int, int]:
+    """Returns the index of this process and the number of processes."""
+    if not config.distributed:
+        return 0, 1
+    # It would take SIGTERM for itself; `_Run._must_stop` does the same, and for SIGINT too.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--mesh.distributed=True: the processes of this job were not found ({error}); start"
+            " it under SLURM, Open MPI or Kubernetes, or set JAX_COORDINATOR_ADDRESS"
+        ) from error
+    return jax.process_index(), jax.process_count()
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _keep_silent(line: str) -> None:
+    del line
 
 
 class _Run:
     """One start of a run: the live objects of the loop."""
 
-    def __init__(self, config, run, dataset, optimizer, mesh: Mesh):
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunDirectory,
+        dataset: Dataset,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        say: Say,
+    ):
         self.config, self.run, self.dataset, self.mesh = config, run, dataset, mesh
-        self.optimizer = optimizer
-        self.checkpointer = Checkpointer(run.checkpoints, config.checkpoint)
+        self.optimizer, self.say = optimizer, say
         self.batches = dataset.train_iterator()
         self.validation_loss: float | None = None
+        self.validated_step = -1
         self.first_loss: float | None = None
         self.saved_step = -1
         self.fp8_line = ""
+        # A step whose metrics are not read yet, with them.
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        # The signal to stop for, of this process or, with several, of any; 0 for none.
+        self.stop_number = 0
+        self._next_stop_number: jax.Array | int = 0
+        self._maximum = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
-    def execute(self) -> int:
-        state = self._restore_or_create()
-        step = int(state.step)
-        self.writer = MetricsWriter(self.run.path, self.config, resume_step=step)
-        try:
-            if step >= self.config.run.steps:
-                print(f"already trained: {step} of {self.config.run.steps} steps", flush=True)
-                self._finish(state)
-                return 0
-            self.steps = compile_steps(self.config, self.optimizer, self.mesh)
-            self.names = health_names(state.scaling)
-            for line in startup.describe(self.config, state, self.steps, self.mesh):
-                print(line, flush=True)
-            startup.check_fp8_share(self.config, self.steps)
-            self.fp8_line = startup.describe_gemms(self.config, self.steps)
-            with StopRequest() as stop:
-                state = self._loop(state, step, stop)
-                self._save(state)
-                self._wait_for_checkpoint(int(state.step))
-            if stop.signal_number and int(state.step) < self.config.run.steps:
-                print(f"stopped after step {int(state.step)}; run the same command to go on")
-                return 128 + stop.signal_number
+    def execute(self, interrupt: Interrupt) -> int:
+        config, checkpoints = self.config.checkpoint, self.run.checkpoints
+        with (
+            Checkpointer(checkpoints, config, report=self.say) as self.checkpointer,
+            contextlib.closing(self.batches),
+        ):
+            state = self._restore_or_create()
+            if jax.process_index() == 0:
+                # Not before: a tokenizer that the checkpoint refuses must not replace its own.
+                self.dataset.save_tokenizer(self.run.path / "tokenizer.json")
+            if int(state.step) >= self.config.run.steps:
+                self.say(f"already trained: {int(state.step)} of {self.config.run.steps} steps")
+            else:
+                state = self._train(state, interrupt)
+                if self.stop_number:
+                    self.say(f"stopped after step {int(state.step)}; {self._describe_saved(state)}")
+                    return 128 + self.stop_number
             self._finish(state)
             return 0
-        finally:
-            self.checkpointer.close()
-            self.writer.close()
 
     def _restore_or_create(self) -> TrainState:
         abstract = abstract_state(self.config, self.optimizer, self.mesh)
         restored = self.checkpointer.restore_newest(abstract, must_match=self._identity())
         if restored is None:
             return create_state(self.config, self.optimizer, self.mesh)
+        assert isinstance(restored.data_state, dict)
         self.batches.set_state(restored.data_state)
         self.first_loss = restored.meta["first_loss_nats"]
         self.validation_loss = restored.meta["validation_loss_nats"]
+        self.fp8_line = restored.meta["fp8"]
         self.saved_step = restored.step
-        print(f"resumed from the checkpoint of step {restored.step}", flush=True)
+        self.say(f"resumed from the checkpoint of step {restored.step}")
         return restored.state
 
     def _identity(self) -> dict[str, Any]:
@@ -143,79 +155,106 @@ class _Run:
             "vocab_size": self.config.model.vocab_size,
         }
 
-    def _meta(self) -> dict[str, Any]:
-        losses = {
-            "first_loss_nats": self.first_loss,
-            "validation_loss_nats": self.validation_loss,
-        }
-        return self._identity() | losses
+    def _train(self, state: TrainState, interrupt: Interrupt) -> TrainState:
+        """Compiles and runs the steps that are left; saves the last state."""
+        for line in startup.describe(self.config, state, self.mesh):
+            self.say(line)
+        self.say("compiling the step")
+        self.steps = compile_steps(self.config, self.optimizer, self.mesh)
+        report = startup.gemm_report(self.steps)
+        startup.check_fp8_share(self.config, report)
+        self.fp8_line = startup.describe_gemms(self.config, report)
+        for line in (self.fp8_line, *startup.describe_memory(self.steps)):
+            self.say(line)
+        self.health_names = health_names(state.scaling)
+        with MetricsWriter(
+            self.run.path,
+            self.config,
+            resume_step=int(state.step),
+            device_count=self.mesh.size,
+        ) as self.writer:
+            with interrupt.deferred():
+                state = self._loop(state, interrupt)
+                self._save(state)
+                self._report_failures(self.checkpointer.wait)
+                self._must_stop(interrupt)
+        return state
 
-    def _loop(self, state: TrainState, step: int, stop: StopRequest) -> TrainState:
+    def _loop(self, state: TrainState, interrupt: Interrupt) -> TrainState:
         """Runs steps until the last one or a signal. Metrics are read one step late.
 
         While the host waits for step i - 1, the device already has step i: it never idles, and the
         wait gives the true time of a step.
         """
-        config = self.config
-        pending: tuple[int, dict] | None = None
+        log, total = self.config.log, self.config.run.steps
+        step = int(state.step)
+        is_calibrated = self.config.fp8.recipe != "delayed" or int(state.applied_steps) > 0
         self.clock = time.perf_counter()
-        applied = int(state.applied_steps)
-        while step < config.run.steps and not stop.signal_number:
-            batch = self._to_devices(next(self.batches))
-            program = self.steps.train if applied else self.steps.calibrate
-            state, metrics = program(state, batch)
+        while step < total and not self._must_stop(interrupt):
+            program = self.steps.train if is_calibrated else self.steps.calibrate
+            state, metrics = program(state, self._to_devices(next(self.batches)))
             step += 1
-            if pending is not None:
-                self._record(*pending)
-            pending = (step, metrics)
-            if not applied:
-                applied = int(state.applied_steps)
-            last = step == config.run.steps
-            if config.log.validate_every and (step % config.log.validate_every == 0 or last):
-                self._record(*pending)
-                pending = None
+            self._record_pending()
+            self.pending = step, metrics
+            is_calibrated = is_calibrated or int(state.applied_steps) > 0
+            validates = log.validate_every and (step % log.validate_every == 0 or step == total)
+            saves = self.config.checkpoint.every and step % self.config.checkpoint.every == 0
+            if validates or saves:
+                self._record_pending()
+            if validates:
                 self._validate(state, step)
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
-                if pending is not None:
-                    self._record(*pending)
-                    pending = None
+            if saves:
                 self._save(state)
-        if pending is not None:
-            self._record(*pending)
+        self._record_pending()
         return state
 
+    def _must_stop(self, interrupt: Interrupt) -> bool:
+        """Looks for a signal; all processes see the same, to stop after the same step."""
+        if jax.process_count() == 1:
+            self.stop_number = interrupt.number
+        else:
+            # The maximum over all is computed behind this step and read behind the next one, so
+            # that the devices never wait for the host.
+            local = np.full(jax.local_device_count(), interrupt.number, np.int32)
+            sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+            numbers = jax.make_array_from_process_local_data(sharding, local)
+            self.stop_number = int(self._next_stop_number)
+            self._next_stop_number = self._maximum(numbers)
+        return self.stop_number > 0
+
     def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        sharding = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(BATCH_AXES))
+        sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, rows)
             for name, rows in batch.items()
         }
 
-    def _record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Waits for a step's metrics, checks and writes them."""
+    def _record_pending(self) -> None:
+        """Waits for the metrics of the pending step, checks and writes them."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
         values = jax.device_get(metrics)
         now = time.perf_counter()
         step_time, self.clock = now - self.clock, now
-        loss = float(values["loss_nats"])
+        loss, grad_norm = float(values["loss_nats"]), float(values["grad_norm"])
         if self.first_loss is None and math.isfinite(loss):
             self.first_loss = loss
         skips = int(values["consecutive_skips"])
         if skips:
-            self.writer.event(
-                step, f"step {step} skipped: loss {loss}, grad norm {values['grad_norm']}"
-            )
+            self.writer.event(step, f"step {step} skipped: loss {loss}, grad norm {grad_norm}")
         if step % self.config.log.every == 0 or step == self.config.run.steps:
             health = values.pop("fp8_health", None)
-            row = {name: float(value) for name, value in values.items()}
+            row = {name: value.item() for name, value in values.items()}
             if health is not None:
-                row |= health_metrics(self.names, health)
+                row |= health_metrics(self.health_names, health)
             self.writer.train_step(step, row, step_time_s=step_time)
         if skips >= self.config.optimizer.max_consecutive_skips:
             raise TrainingError(
                 f"{skips} steps in a row had a non-finite loss or gradient (the last: step {step},"
-                f" loss {loss}, grad norm {float(values['grad_norm'])}); the parameters are still"
-                " those of the last good step. Lower --optimizer.learning-rate, or try"
-                " --fp8.recipe bf16 to see whether FP8 is the cause"
+                f" loss {loss}, grad norm {grad_norm}); they changed nothing, and the same command"
+                " goes on from the newest checkpoint. Lower --optimizer.learning-rate in a new run,"
+                " or try --fp8.recipe bf16 there to see whether FP8 is the cause"
             )
 
     def _validate(self, state: TrainState, step: int) -> None:
@@ -224,47 +263,81 @@ class _Run:
             sums = self.steps.evaluate(state, self._to_devices(batch))
             nll, weight = nll + float(sums["nll_sum"]), weight + float(sums["weight_sum"])
         if weight:
-            self.validation_loss = nll / weight
+            self.validation_loss, self.validated_step = nll / weight, step
             self.writer.validation(step, self.validation_loss)
         self.clock = time.perf_counter()
 
     def _save(self, state: TrainState) -> None:
+        """Starts to save the state, unless that is done already."""
         step = int(state.step)
-        if not self.config.checkpoint.every or step == self.saved_step or step == 0:
+        if not self.config.checkpoint.every or step in (0, self.saved_step):
             return
-        try:
-            self.checkpointer.save(
+        if not _is_finite((state.params, state.opt_state)):
+            raise TrainingError(
+                f"after step {step} the parameters or moments hold infinities or NaN, although loss"
+                " and gradient were finite; this state is not saved, and the same command goes on"
+                " from the newest checkpoint. Lower --optimizer.learning-rate in a new run"
+            )
+        self.saved_step = step
+        self._report_failures(
+            lambda: self.checkpointer.save(
                 step,
                 state,
                 data_state=self.batches.get_state(),
-                meta=self._meta(),
-                validation_loss=self.validation_loss,
+                meta=self._identity()
+                | {
+                    "first_loss_nats": self.first_loss,
+                    "validation_loss_nats": self.validation_loss,
+                    "fp8": self.fp8_line,
+                },
+                validation_loss=self.validation_loss if self.validated_step == step else None,
             )
-            self.saved_step = step
-        except CheckpointSaveError as error:
-            self.writer.event(step, str(error))
+        )
         self.clock = time.perf_counter()
 
-    def _wait_for_checkpoint(self, step: int) -> None:
+    def _report_failures(self, call: Callable[[], None]) -> None:
+        """Calls `call`; training goes on without the checkpoints that it says were not saved."""
         try:
-            self.checkpointer.wait()
+            call()
         except CheckpointSaveError as error:
-            self.writer.event(step, str(error))
+            self.writer.event(max(error.failures), str(error))
+            if self.saved_step in error.failures:
+                self.saved_step = -1
+
+    def _describe_saved(self, state: TrainState) -> str:
+        """Where the same command would go on from."""
+        steps = self.checkpointer.steps()
+        newest = f"step {steps[-1]}" if steps else "the start"
+        if self.saved_step == int(state.step):
+            return "its state is saved; run the same command to go on"
+        return f"its state is NOT saved; the same command goes on from {newest}"
 
     def _finish(self, state: TrainState) -> None:
-        plot_loss([self.run.path], self.run.plot)
-        self._sample(state)
-        summary = startup.summary(
-            self.run.path, self.first_loss, self.validation_loss, self.fp8_line
-        )
-        for line in summary:
-            print(line, flush=True)
+        """Leaves the plot, a sample and the summary."""
+        text = self._sample(state)
+        if jax.process_index() != 0:
+            return
+        try:
+            if text:
+                atomic_write(self.run.path / "sample.txt", text + "\n")
+                self.say(f"sample:\n{text}")
+            plot_loss([self.run.path], self.run.plot)
+            summary = startup.summary(
+                self.run.path, self.first_loss, self.validation_loss, self.fp8_line
+            )
+            for line in summary:
+                self.say(line)
+        except (OSError, MetricsError) as error:  # The state is what counts, and it is safe.
+            self.say(f"warning: plot, sample or summary is missing: {error}")
+        if self.config.checkpoint.every and self.saved_step != int(state.step):
+            self.say(f"step {int(state.step)} is done; {self._describe_saved(state)}")
 
-    def _sample(self, state: TrainState) -> None:
+    def _sample(self, state: TrainState) -> str:
+        """The continuation of the prompt that the config gives; empty if it gives none."""
         log = self.config.log
         if not (log.sample_prompt and log.sample_tokens):
-            return
-        text = generate(
+            return ""
+        return generate(
             self.config,
             state.params,
             state.scaling,
@@ -273,5 +346,9 @@ class _Run:
             tokens=log.sample_tokens,
             seed=self.config.run.seed,
         )
-        (self.run.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
-        print(f"sample:\n{text}", flush=True)
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()

@@ -1,34 +1,56 @@
 """Loads a trained model from its run directory."""
 
 import dataclasses
+import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import optax
 import tokenizers
 
 from train.checkpoint import Checkpointer
-from train.config import ConfigError, TrainConfig, parse
+from train.config import ConfigError, MeshConfig, TrainConfig, parse
+from train.data.tokenizer import load_tokenizer
 from train.mesh import make_mesh
-from train.optimizer import make_optimizer
-from train.state import TrainState, abstract_state
+from train.state import abstract_state
 
 
-def load_run(directory: Path) -> tuple[TrainConfig, TrainState, tokenizers.Tokenizer]:
-    """The config, newest good state and tokenizer of a run.
+class TrainedModel(NamedTuple):
+    """What text is generated with."""
+
+    config: TrainConfig
+    params: Any  # float32 tree
+    scaling: Any  # tree of jfp8.ScalingState, {} without FP8
+    tokenizer: tokenizers.Tokenizer
+
+
+def load_model(directory: Path) -> TrainedModel:
+    """The newest good weights of a run, on the first device; nothing else of it is read.
+
+    Its attention implementation becomes "auto": the machine need not be the one that trained.
 
     Raises:
       ConfigError: if the directory is no run, or holds no checkpoint yet.
       CheckpointError: if no checkpoint in it is good.
+      DataError: if its tokenizer is gone.
     """
-    for name in ("config.toml", "tokenizer.json"):
-        if not (directory / name).is_file():
-            raise ConfigError(f"{directory} is no run directory: it has no {name}")
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such run directory")
+    if not (directory / "config.toml").is_file():
+        raise ConfigError(f"{directory} is no run directory: it has no config.toml")
     config = parse(["--config", str(directory / "config.toml")])
-    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    abstract = abstract_state(config, make_optimizer(config.optimizer, config.run.steps), mesh)
-    with Checkpointer(directory / "checkpoints", config.checkpoint) as checkpointer:
-        restored = checkpointer.restore_newest(abstract)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention_implementation="auto")
+    )
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    state = abstract_state(config, optax.identity(), mesh)
+    weights = {"params": state.params, "scaling": state.scaling}
+    report = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    folder = directory / "checkpoints"
+    with Checkpointer(folder, config.checkpoint, report=report) as checkpointer:
+        restored = checkpointer.restore_newest(weights, is_partial=True)
     if restored is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return config, restored.state, tokenizer
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    return TrainedModel(config, **restored.state, tokenizer=tokenizer)

@@ -37,23 +37,20 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_environment()
     # Imported late: the environment must be set before JAX is.
     from train.checkpoint_content import CheckpointError
+    from train.data import DataError
     from train.generate import generate
-    from train.restore import load_run
+    from train.restore import load_model
 
     try:
         options = tyro.cli(SampleConfig, prog="python -m train.sample", args=arguments)
-        config, state, tokenizer = load_run(options.run)
         text = generate(
-            config,
-            state.params,
-            state.scaling,
-            tokenizer,
+            *load_model(options.run),
             options.prompt,
             tokens=options.tokens,
             temperature=options.temperature,
             seed=options.seed,
         )
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text)

@@ -11,12 +11,23 @@ from jfp8 import diagnostics
 from pallas_kernels import flash_attention_choice
 from train.config import ConfigError, TrainConfig
 from train.model import COMPUTE_DTYPE, attention_implementation
+from train.run_directory import atomic_write
 from train.state import TrainState, parameter_count
 from train.step import CompiledSteps
 
 # The GEMMs of the decoder blocks; embedding and head are not meant to run in FP8.
 _BLOCK_GEMMS = r"fp8_dot|bf16_dot"
 _FP8_COMPUTE_CAPABILITY = 8.9
+_RUN_FILES = (
+    "metrics.jsonl",
+    "config.toml",
+    "versions.json",
+    "tokenizer.json",
+    "summary.json",
+    "loss.png",
+    "sample.txt",
+    "checkpoints",
+)
 
 
 def check_device_support(config: TrainConfig) -> None:
@@ -73,21 +84,20 @@ def gemm_report(steps: CompiledSteps) -> diagnostics.DotReport:
     return report.matching(_BLOCK_GEMMS)
 
 
-def describe_gemms(config: TrainConfig, steps: CompiledSteps) -> str:
+def describe_gemms(config: TrainConfig, report: diagnostics.DotReport) -> str:
     """One line on how many block GEMMs, and what share of their FLOPs, run in FP8."""
-    report = gemm_report(steps)
     emulated = "" if jax.default_backend() == "gpu" else "; emulated: this device has no FP8 GEMM"
     return (
-        f"recipe {config.fp8.recipe}: {report.fp8_count} of {report.fp8_count + report.other_count}"
-        f" block GEMMs in FP8, {report.fp8_flop_fraction:.1%} of their FLOPs{emulated}"
+        f"recipe {config.fp8.recipe}: {report.fp8_count} of {len(report.gemms)}"
+        f" block GEMMs in FP8, {report.fp8_flop_fraction:.1%} of their FLOPs"
+        f"{emulated if report.fp8_count else ''}"
     )
 
 
-def check_fp8_share(config: TrainConfig, steps: CompiledSteps) -> None:
+def check_fp8_share(config: TrainConfig, report: diagnostics.DotReport) -> None:
     """Raises ConfigError if a GPU would run fewer block GEMMs in FP8 than the config demands."""
     if config.fp8.recipe == "bf16" or jax.default_backend() != "gpu" or config.fp8.skip_layers:
         return
-    report = gemm_report(steps)
     if report.fp8_flop_fraction < config.fp8.minimum_fraction:
         raise ConfigError(
             f"only {report.fp8_flop_fraction:.1%} of the block GEMM FLOPs were compiled to FP8,"
@@ -96,10 +106,8 @@ def check_fp8_share(config: TrainConfig, steps: CompiledSteps) -> None:
         )
 
 
-def describe(
-    config: TrainConfig, state: TrainState, steps: CompiledSteps, mesh: Mesh
-) -> Iterator[str]:
-    """The lines printed before the first step."""
+def describe(config: TrainConfig, state: TrainState, mesh: Mesh) -> Iterator[str]:
+    """The lines printed before the step is compiled."""
     device = jax.devices()[0]
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.sequence_length
@@ -109,7 +117,10 @@ def describe(
         f" {tokens * config.run.steps:,} in all"
     )
     yield f"attention: {attention_choice(config)}"
-    yield describe_gemms(config, steps)
+
+
+def describe_memory(steps: CompiledSteps) -> Iterator[str]:
+    """One line on the memory of the compiled step, where the compiler tells it."""
     memory = steps.train.memory_analysis()
     if memory is not None:
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -120,13 +131,14 @@ def summary(
     directory: Path, first_loss: float | None, validation_loss: float | None, fp8: str
 ) -> Iterator[str]:
     """The closing lines of a run; written to summary.json too."""
-    yield f"files in {directory}: metrics.jsonl, config.toml, loss.png, sample.txt, checkpoints/"
-    if first_loss and validation_loss:
-        yield (
-            f"validation loss {validation_loss:.4f} nats,"
-            f" {1 - validation_loss / first_loss:.0%} below the first step's {first_loss:.4f}"
-        )
-    if fp8:
-        yield fp8
     result = {"first_loss_nats": first_loss, "validation_loss_nats": validation_loss, "fp8": fp8}
-    (directory / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    atomic_write(directory / "summary.json", json.dumps(result, indent=2) + "\n")
+    files = [name for name in _RUN_FILES if (directory / name).exists()]
+    yield f"files in {directory}: {', '.join(files)}"
+    if first_loss is not None and validation_loss is not None:
+        change = validation_loss / first_loss - 1
+        yield (
+            f"validation loss {validation_loss:.4f} nats, {abs(change):.0%}"
+            f" {'above' if change > 0 else 'below'} the first step's {first_loss:.4f}"
+        )
+    yield fp8
