@@ -27,13 +27,18 @@ def quantize(x: jax.Array, exponent: int, format: str) -> np.ndarray:
     return scaled.astype(DTYPE[format]).astype(np.float64) * math.ldexp(1.0, exponent)
 
 
+def normal(seed: int, *shape: int, dtype: jax.typing.DTypeLike = np.float32) -> jax.Array:
+    """Standard normal numbers; NumPy's, because JAX would compile a generator for every shape."""
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+
+
 def f64(x: jax.Array) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
 def sqnr_db(reference: np.ndarray, value: jax.Array) -> float:
-    noise = reference - f64(value)
-    return float(10 * np.log10((reference**2).sum() / (noise**2).sum()))
+    noise = ((reference - f64(value)) ** 2).sum()
+    return float(10 * np.log10((reference**2).sum() / noise)) if noise else np.inf
 
 
 def top_exponent(observation: jax.Array) -> int | None:

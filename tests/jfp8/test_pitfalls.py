@@ -30,7 +30,7 @@ M, K, N = 64, 32, 48
 
 
 def normal(seed: int, *shape: int, factor: float = 1.0) -> jax.Array:
-    return factor * jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+    return factor * reference.normal(seed, *shape)
 
 
 X, W, SQUARE = normal(0, M, K), normal(1, K, N, factor=0.1), normal(2, K, K, factor=0.1)
