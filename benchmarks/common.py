@@ -86,16 +86,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with aligned columns; the first column is text, the others are numbers."""
+    """A table with aligned columns, those of numbers to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        return (
-            "| "
-            + " | ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-            + " |"
-        )
+    is_number = [
+        all(not row[i] or row[i][0] in "0123456789-" for row in rows) for i in range(len(header))
+    ]
 
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    def line(cells: Sequence[str]) -> str:
+        columns = zip(cells, widths, is_number, strict=True)
+        return "| " + " | ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in columns) + " |"
+
+    columns = zip(widths, is_number, strict=True)
+    rule = "|" + "|".join("-" * (w + 1) + (":" if n else "-") for w, n in columns) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])

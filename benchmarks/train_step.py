@@ -165,7 +165,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if row["status"] != "ok":
-            lines.append([row["name"], row["status"], *[""] * (len(header) - 2)])
+            lines.append([f"{row['name']}: {row['status']}", *[""] * (len(header) - 1)])
             continue
         times, gemms = row["step_time"], row.get("gemms")
         ratios = [
