@@ -76,6 +76,10 @@ def h200_mesh() -> Mesh:
 def compile_for_h200(function: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
     """`jax.jit(function).lower(*args).compile()` for the H200.
 
+    Triton GEMMs are off: whether one is faster than cuBLAS is measured on the GPU, which there is
+    none of, so XLA would guess. Run with JAX_PLATFORMS=cpu: otherwise JAX's plugin looks for a GPU
+    and its libraries, and does not register without.
+
     Args:
       function: to be compiled.
       *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes matter.

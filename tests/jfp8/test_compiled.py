@@ -86,7 +86,7 @@ def test_all_three_gemms_are_cublaslt_fp8_and_few_passes_besides(recipe):
             f"f8e4m3fn[{K},{M}]",  # its transpose, for wgrad
             f"f8e4m3fn[{K},{N}]",  # cast of rhs
             f"f8e4m3fn[{N},{K}]",  # its transpose, for fwd
-            f"f8e5m2[{N},{M}] f8e5m2[{M},{N}]",  # cast of the gradient with its transpose, for wgrad
+            f"f8e5m2[{N},{M}] f8e5m2[{M},{N}]",  # cast of the gradient and its transpose
             f"bf16[{M},{N}]",  # the three GEMMs, with the scales inside
             f"bf16[{M},{K}]",
             f"f32[{K},{N}]",
