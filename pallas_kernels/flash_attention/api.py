@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.flash_attention import cudnn, xla
+from pallas_kernels.flash_attention import cudnn, sm90, xla
 from pallas_kernels.flash_attention.config import AttentionSpec, Implementation, Precision
 from pallas_kernels.flash_attention.masks import make_band
 
 ArrayLike = Array | jax.ShapeDtypeStruct
 
-_MODULES = {"cudnn": cudnn, "xla": xla}
-# Tried in this order when the caller leaves the choice; xla runs everywhere.
+_MODULES = {"cudnn": cudnn, "mosaic": sm90, "xla": xla}
+# Tried in this order when the caller leaves the choice; xla runs everywhere. The Mosaic kernels
+# join the list once they have been measured on a GPU.
 _PREFERENCE: tuple[Implementation, ...] = ("cudnn", "xla")
 
 
@@ -233,11 +234,6 @@ def _choose(spec: AttentionSpec, implementation: Implementation | None) -> Choic
 
 def _unsupported_reason(spec: AttentionSpec, implementation: Implementation) -> str | None:
     """Why `implementation` cannot run `spec` here; None if it can."""
-    if implementation not in _MODULES:
-        return (
-            "this version has no Pallas kernel for it yet; use implementation='cudnn' on a"
-            " Hopper GPU or implementation='xla' anywhere"
-        )
     return _MODULES[implementation].unsupported_reason(spec)
 
 

@@ -41,6 +41,11 @@ class AttentionSpec:
     """Format of the factors of the matrix products."""
 
 
+# Registers of a compute and of a producer thread, by number of compute warpgroups: what setmaxnreg
+# can hand out of the 65536 of an SM (Shah et al. 2024, and its code).
+_REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardConfig:
     """How the sm_90 forward kernel cuts its work; changes the result by rounding at most."""
@@ -57,9 +62,26 @@ class ForwardConfig:
     """A warpgroup's softmax runs during its own P V product."""
     reuse_q_smem: bool = False
     """The output leaves through Q's shared memory, which delays the next tile's Q."""
-    heads_per_section: int = 1
-    """(batch, head) pairs worked on together; a divisor of batch size * query heads."""
-    compute_registers: int = 240
-    """Registers of a compute thread."""
-    producer_registers: int = 24
-    """Registers of a producer thread."""
+
+    def __post_init__(self) -> None:
+        if self.compute_warpgroups not in _REGISTERS:
+            raise ValueError(f"{self.compute_warpgroups=} must be one of {tuple(_REGISTERS)}")
+        if self.block_kv % 64 != 0 or not 64 <= self.block_kv <= 256:
+            raise ValueError(
+                f"{self.block_kv=} must be 64, 128, 192 or 256: wgmma contracts 64 keys at a time"
+                " and has at most 256 columns"
+            )
+        if self.num_stages < 2:
+            raise ValueError(
+                f"{self.num_stages=} must be at least 2: one block is in use while another arrives"
+            )
+
+    @property
+    def compute_registers(self) -> int:
+        """Registers of a compute thread."""
+        return _REGISTERS[self.compute_warpgroups][0]
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers of a producer thread."""
+        return _REGISTERS[self.compute_warpgroups][1]

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -49,10 +50,15 @@ class Plan:
     """What is computed."""
     config: ForwardConfig
     """How the work is cut."""
-    num_ctas: int
-    """CTAs launched; one fits on each SM."""
+    sm_count: int
+    """Streaming multiprocessors of the device; each holds one CTA."""
     interpret: bool = False
     """Runs in the CPU interpreter, which lacks A operands in registers and preset accumulators."""
+
+    @property
+    def num_ctas(self) -> int:
+        """CTAs launched."""
+        return min(self.sm_count, self.num_tiles)
 
     @property
     def tile_q(self) -> int:
@@ -75,9 +81,21 @@ class Plan:
         return self.spec.batch_size * self.spec.num_heads * self.num_q_tiles
 
     @property
-    def padded_query_length(self) -> int:
-        """T rounded up to whole tiles: the length of per-query arrays that are not clipped by TMA.
+    def heads_per_section(self) -> int:
+        """(batch, head) pairs whose tiles are dealt out together.
+
+        Tiles of different lengths balance only when all heads' longest tiles go first. Equally
+        long ones balance anyway, and then few heads at a time keep their K and V in L2.
         """
+        if self.spec.has_segments or (
+            self.spec.band.right is not None and self.spec.band.left is None
+        ):
+            return self.spec.batch_size * self.spec.num_heads
+        return self.spec.num_heads // self.spec.num_kv_heads
+
+    @property
+    def padded_query_length(self) -> int:
+        """T rounded up to whole tiles."""
         return self.num_q_tiles * self.tile_q
 
     @property
@@ -110,7 +128,10 @@ def scratch_types(plan: Plan) -> Scratch:
     config, spec = plan.config, plan.spec
     wgs, stages, block_kv = config.compute_warpgroups, config.num_stages, config.block_kv
     dtype = jnp.dtype(spec.dtype)
-    tile = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tile_transforms(dtype.itemsize))
+
+    def tile(shape: tuple[int, ...]) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=tile_transforms(dtype.itemsize))
+
     return Scratch(
         q=tile((plan.tile_q, spec.head_dim)),
         k=tile((stages, block_kv, spec.head_dim)),
@@ -134,7 +155,7 @@ def smem_bytes(plan: Plan) -> int:
     total = 0
     for entry in scratch_types(plan):
         if isinstance(entry, plgpu.Barrier):
-            total += 8 * math.prod(entry.num_barriers)
+            total += 8 * int(np.prod(entry.num_barriers))
         elif entry is not None:
             size = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
             # Mosaic GPU aligns each buffer to the 1024 bytes of a swizzle pattern.
@@ -172,14 +193,6 @@ class _BlockRange(NamedTuple):
     full_stop: Array
 
 
-class _Softmax(NamedTuple):
-    """State of the online softmax of ROWS queries, and the O of the blocks so far."""
-
-    row_max: Array  # [ROWS], of c * S
-    row_sum: Array  # [ROWS]
-    out: Array  # [ROWS, H], float32
-
-
 def _cta_tiles(plan: Plan) -> tuple[Array, Any]:
     """Returns how many tiles this CTA has, and the function from its i-th to the tile's index.
 
@@ -199,10 +212,8 @@ def _cta_tiles(plan: Plan) -> tuple[Array, Any]:
 
 
 def _tile(plan: Plan, index: Array) -> _Tile:
-    """Maps the index of a tile to its coordinates: sections of heads whose K and V fit in L2,
-    longest tiles first.
-    """
-    heads = plan.config.heads_per_section
+    """Maps the index of a tile to its coordinates: section by section, longest tiles first."""
+    heads = plan.heads_per_section
     section, rest = _divmod(index, heads * plan.num_q_tiles)
     rank, head = _divmod(rest, heads)
     batch, head = _divmod(section * heads + head, plan.spec.num_heads)
@@ -300,8 +311,12 @@ def _compute(plan: Plan, inputs: _Inputs, outputs: tuple[Any, Any], scratch: Scr
         tile = _tile(plan, index(i))
         blocks = _block_range(plan, inputs.block_ranges, tile)
         first_query = tile.q_tile * plan.tile_q + wg * ROWS
+        q_ids = None
+        if plan.spec.has_segments:
+            ids = inputs.q_ids.at[tile.batch, pl.ds(first_query, ROWS)]
+            q_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
         plgpu.barrier_wait(scratch.q_full)
-        state = _attend(plan, inputs, scratch, tile, blocks, first_query, step)
+        state = _attend(_Loop(plan, scratch, blocks, first_query, step, q_ids))
         # Working these out anew is cheaper than holding them in registers through the loop.
         tile = _tile(plan, index(_pin(plan, i)))
         _store(plan, outputs, scratch, tile, state)
@@ -313,120 +328,153 @@ def _compute(plan: Plan, inputs: _Inputs, outputs: tuple[Any, Any], scratch: Scr
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(
-    plan: Plan,
-    inputs: _Inputs,
-    scratch: Scratch,
-    tile: _Tile,
-    blocks: _BlockRange,
-    first_query: Array,
-    first_step: Array,
-) -> _Softmax:
-    """Runs the loop over key blocks for ROWS queries; returns the final state."""
-    wg = lax.axis_index("wg")
-    config = plan.config
-    q_smem = scratch.q.at[pl.ds(wg * ROWS, ROWS)]
-    s_type = plgpu.ACC((ROWS, config.block_kv), jnp.float32)
-    o_type = plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
-    num_blocks = blocks.stop - blocks.start
-    q_ids = None
-    if plan.spec.has_segments:
-        ids = inputs.q_ids.at[tile.batch, pl.ds(first_query, ROWS)]
-        q_ids = plgpu.load(ids, layout=PER_ROW)
+class _Loop(NamedTuple):
+    """What stays the same while ROWS queries meet their blocks of keys; block j of the loop is j-th
+    from the last.
+    """
 
-    def slot_of(j: Array) -> Array:
-        return lax.rem(first_step + j, jnp.int32(config.num_stages))
+    plan: Plan
+    scratch: Scratch
+    blocks: _BlockRange
+    first_query: Array
+    first_step: Array  # blocks that this CTA has loaded before: numbers the stages
+    q_ids: Array | None  # [ROWS]
 
-    def softmax(j: Array, s: Array, row_max: Array, row_sum: Array):
-        block = blocks.stop - 1 - j
-        kv_ids = scratch.kv_ids.at[slot_of(j)] if plan.spec.has_segments else None
-        s = _mask(plan, blocks, block, s, first_query, q_ids, kv_ids)
-        return _softmax_step(plan, s, row_max, row_sum)
+    @property
+    def num_blocks(self) -> Array:
+        """Blocks of this tile, at least 1."""
+        return self.blocks.stop - self.blocks.start
 
-    def qk(s_acc: Any, j: Array) -> None:
-        plgpu.wgmma(s_acc, q_smem, scratch.k.at[slot_of(j)].transpose((1, 0)))
+    def stage(self, j: Array) -> Array:
+        """Returns which buffers hold block j."""
+        return lax.rem(self.first_step + j, jnp.int32(self.plan.config.num_stages))
 
-    def pv(o_acc: Any, out: Array, p: Array, j: Array) -> None:
-        if plan.interpret:
-            p_smem = scratch.p.at[wg]
-            p_smem[...] = p
-            plgpu.commit_smem()
-            plgpu.wgmma(o_acc, p_smem, scratch.v.at[slot_of(j)])
-        else:
-            o_acc[...] = out
-            plgpu.wgmma(o_acc, p, scratch.v.at[slot_of(j)])
 
-    def read(o_acc: Any, out: Array) -> Array:
-        return out + o_acc[...] if plan.interpret else o_acc[...]
+class _State(NamedTuple):
+    """The online softmax of ROWS queries after some blocks."""
 
-    def wait_for_k(j: Array) -> None:
-        @pl.when(j < num_blocks)
-        def _() -> None:
-            plgpu.barrier_wait(scratch.k_full.at[slot_of(j)])
+    out: Array  # [ROWS, H], float32: sum of P V, without the last block's
+    row_max: Array  # [ROWS], of c * S
+    row_sum: Array  # [ROWS]
+    p: Array  # [ROWS, block_kv]: the last block's P
 
-    def first_block(s_acc: Any) -> Array:
+
+def _attend(loop: _Loop) -> _State:
+    """Runs the loop over key blocks for ROWS queries; `p` of the result is used up."""
+    state = _first_block(loop)
+    state = lax.fori_loop(1, loop.num_blocks, functools.partial(_next_block, loop), state)
+    if not loop.plan.config.reuse_q_smem:
+        plgpu.barrier_arrive(loop.scratch.q_free)
+    last = loop.num_blocks - 1
+
+    def product(o_acc: Any) -> Array:
+        _issue_pv(loop, o_acc, state, last)
+        return _read_out(loop, o_acc, state)
+
+    plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(last)])
+    out = pl.run_scoped(product, _out_type(loop.plan))
+    plgpu.barrier_arrive(loop.scratch.v_free.at[loop.stage(last)])
+    return state._replace(out=out)
+
+
+def _first_block(loop: _Loop) -> _State:
+    """Computes P of block 0."""
+    plan, scratch = loop.plan, loop.scratch
+    first = jnp.int32(0)
+
+    def product(s_acc: Any) -> Array:
         _take_turn(plan, scratch)
-        qk(s_acc, jnp.int32(0))
+        _issue_qk(loop, s_acc, first)
         _pass_turn(plan, scratch)
         return s_acc[...]
 
-    wait_for_k(jnp.int32(0))
-    s = pl.run_scoped(first_block, s_type)
-    row_max = _row_constant(_NEG_INF, jnp.float32)
-    row_sum = _row_constant(0.0, jnp.float32)
-    out = plgpu.layout_cast(jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32), MATRIX)
-    p, row_max, row_sum, _ = softmax(jnp.int32(0), s, row_max, row_sum)
-    p = p.astype(plan.spec.dtype)
-    plgpu.barrier_arrive(scratch.k_free.at[slot_of(jnp.int32(0))])
-    wait_for_k(jnp.int32(1))
+    _wait_for_k(loop, first)
+    s = pl.run_scoped(product, _logits_type(plan))
+    row_max, row_sum = _row_constant(_NEG_INF, jnp.float32), _row_constant(0.0, jnp.float32)
+    p, row_max, row_sum, _ = _softmax(loop, first, s, row_max, row_sum)
+    plgpu.barrier_arrive(scratch.k_free.at[loop.stage(first)])
+    _wait_for_k(loop, first + 1)
+    out = jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32)
+    return _State(plgpu.layout_cast(out, MATRIX), row_max, row_sum, p.astype(plan.spec.dtype))
 
-    def body(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        out, row_max, row_sum, p = carry
-        k_slot, v_slot = slot_of(j), slot_of(j - 1)
 
-        def products(s_acc: Any, o_acc: Any):
-            _take_turn(plan, scratch)
-            qk(s_acc, j)
-            plgpu.barrier_wait(scratch.v_full.at[v_slot])
-            pv(o_acc, out, p, j - 1)
-            _pass_turn(plan, scratch)
-            if config.overlap:
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                result = softmax(j, s, row_max, row_sum)
-                plgpu.barrier_arrive(scratch.k_free.at[k_slot])
-                result = _pin(plan, result)
-                wait_for_k(j + 1)
-                new_out = read(o_acc, out)
-                plgpu.barrier_arrive(scratch.v_free.at[v_slot])
-            else:
-                new_out = read(o_acc, out)
-                plgpu.barrier_arrive(scratch.v_free.at[v_slot])
-                result = softmax(j, s_acc[...], row_max, row_sum)
-                plgpu.barrier_arrive(scratch.k_free.at[k_slot])
-                wait_for_k(j + 1)
-            return result, new_out
+def _next_block(loop: _Loop, j: Array, state: _State) -> _State:
+    """Computes P of block j, and adds the product of block j - 1 to the output."""
+    plan, scratch = loop.plan, loop.scratch
+    k_free, v_free = scratch.k_free.at[loop.stage(j)], scratch.v_free.at[loop.stage(j - 1)]
 
-        (p_f32, new_max, new_sum, decay), new_out = pl.run_scoped(products, s_type, o_type)
-        # The registers of P feed the product that is still in flight until `new_out` is read;
-        # converting earlier makes ptxas serialise the wgmmas.
-        p_f32, new_out = _pin(plan, (p_f32, new_out))
-        new_out = new_out * _rows(decay, new_out.shape)
-        return new_out, new_max, new_sum, p_f32.astype(plan.spec.dtype)
+    def products(s_acc: Any, o_acc: Any) -> tuple[tuple[Array, ...], Array]:
+        _take_turn(plan, scratch)
+        _issue_qk(loop, s_acc, j)
+        plgpu.barrier_wait(scratch.v_full.at[loop.stage(j - 1)])
+        _issue_pv(loop, o_acc, state, j - 1)
+        _pass_turn(plan, scratch)
+        if plan.config.overlap:
+            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            result = _softmax(loop, j, s, state.row_max, state.row_sum)
+            plgpu.barrier_arrive(k_free)
+            # The pin, and the branch of the wait, keep ptxas from moving the wait for P V
+            # ahead of the softmax.
+            result = _pin(plan, result)
+            _wait_for_k(loop, j + 1)
+            out = _read_out(loop, o_acc, state)
+            plgpu.barrier_arrive(v_free)
+            return result, out
+        out = _read_out(loop, o_acc, state)
+        plgpu.barrier_arrive(v_free)
+        result = _softmax(loop, j, s_acc[...], state.row_max, state.row_sum)
+        plgpu.barrier_arrive(k_free)
+        _wait_for_k(loop, j + 1)
+        return result, out
 
-    carry = (out, row_max, row_sum, p)
-    out, row_max, row_sum, p = lax.fori_loop(1, num_blocks, body, carry)
-    if not config.reuse_q_smem:
-        plgpu.barrier_arrive(scratch.q_free)
-    last = num_blocks - 1
+    types = _logits_type(plan), _out_type(plan)
+    (p, row_max, row_sum, decay), out = pl.run_scoped(products, *types)
+    # The registers of the old P feed the product that is in flight until `out` is read; writing
+    # the new P earlier would make ptxas serialise the wgmmas.
+    p, out = _pin(plan, (p, out))
+    return _State(out * _rows(decay, out.shape), row_max, row_sum, p.astype(plan.spec.dtype))
 
-    def last_block(o_acc: Any) -> Array:
-        pv(o_acc, out, p, last)
-        return read(o_acc, out)
 
-    plgpu.barrier_wait(scratch.v_full.at[slot_of(last)])
-    out = pl.run_scoped(last_block, o_type)
-    plgpu.barrier_arrive(scratch.v_free.at[slot_of(last)])
-    return _Softmax(row_max, row_sum, out)
+def _logits_type(plan: Plan) -> Any:
+    """Accumulator of S."""
+    return plgpu.ACC((ROWS, plan.config.block_kv), jnp.float32)
+
+
+def _out_type(plan: Plan) -> Any:
+    """Accumulator of O."""
+    return plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
+
+
+def _wait_for_k(loop: _Loop, j: Array) -> None:
+    """Waits until K of block j has arrived, if the tile has that many."""
+
+    @pl.when(j < loop.num_blocks)
+    def _() -> None:
+        plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
+
+
+def _issue_qk(loop: _Loop, s_acc: Any, j: Array) -> None:
+    """Starts S = Q K^T of block j."""
+    q = loop.scratch.q.at[pl.ds(lax.axis_index("wg") * ROWS, ROWS)]
+    plgpu.wgmma(s_acc, q, loop.scratch.k.at[loop.stage(j)].transpose((1, 0)))
+
+
+def _issue_pv(loop: _Loop, o_acc: Any, state: _State, j: Array) -> None:
+    """Starts O += P V of block j."""
+    v = loop.scratch.v.at[loop.stage(j)]
+    if loop.plan.interpret:
+        p = loop.scratch.p.at[lax.axis_index("wg")]
+        p[...] = state.p
+        plgpu.commit_smem()
+        plgpu.wgmma(o_acc, p, v)
+    else:
+        o_acc[...] = state.out
+        plgpu.wgmma(o_acc, state.p, v)
+
+
+def _read_out(loop: _Loop, o_acc: Any, state: _State) -> Array:
+    """Waits for O += P V."""
+    return state.out + o_acc[...] if loop.plan.interpret else o_acc[...]
 
 
 def _pin(plan: Plan, x: Any) -> Any:
@@ -457,17 +505,10 @@ def _row_constant(value: Any, dtype: Any) -> Array:
     return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), PER_ROW)
 
 
-def _mask(
-    plan: Plan,
-    blocks: _BlockRange,
-    block: Array,
-    s: Array,
-    first_query: Array,
-    q_ids: Array | None,
-    kv_ids_smem: Any,
-) -> Array:
+def _mask(loop: _Loop, j: Array, s: Array) -> Array:
     """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
-    spec = plan.spec
+    plan, spec, blocks = loop.plan, loop.plan.spec, loop.blocks
+    block = blocks.stop - 1 - j
     first_key = block * plan.config.block_kv
     is_ragged = spec.key_length % plan.config.block_kv != 0
     if spec.band.is_full and not spec.has_segments and not is_ragged:
@@ -476,7 +517,7 @@ def _mask(
     def masked() -> Array:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
         # Columns of this block that the query of each row sees.
-        query = row + (first_query - first_key)
+        query = row + (loop.first_query - first_key)
         last = _row_constant(spec.key_length - 1 - first_key, jnp.int32)
         if spec.band.right is not None:
             last = jnp.minimum(last, query + spec.band.right)
@@ -484,23 +525,22 @@ def _mask(
         if spec.band.left is not None:
             first = query - spec.band.left
         seen = keep_columns(s, first, last, interpret=plan.interpret)
-        if not spec.has_segments:
+        if loop.q_ids is None:
             return seen
-        kv_ids = plgpu.load(kv_ids_smem, layout=PER_COLUMN)
-        same = _rows(q_ids, s.shape) == lax.broadcast_in_dim(kv_ids, s.shape, [1])
+        kv_ids = plgpu.load(loop.scratch.kv_ids.at[loop.stage(j)], layout=PER_COLUMN)
+        same = _rows(loop.q_ids, s.shape) == lax.broadcast_in_dim(kv_ids, s.shape, [1])
         return jnp.where(same, seen, _NEG_INF)
 
     needs_mask = (block < blocks.full_start) | (block >= blocks.full_stop)
     return lax.cond(needs_mask, masked, lambda: s)
 
 
-def _softmax_step(
-    plan: Plan, s: Array, row_max: Array, row_sum: Array
+def _softmax(
+    loop: _Loop, j: Array, s: Array, row_max: Array, row_sum: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Returns P, the new row maximum and sum, and the factor exp2(m - m') for what was summed
-    before.
-    """
-    scale = plan.spec.softmax_scale * LOG2E
+    """Masks S of block j; returns P, the new row maximum and sum, and exp2(m - m')."""
+    scale = loop.plan.spec.softmax_scale * LOG2E
+    s = _mask(loop, j, s)
     new_max = jnp.maximum(row_max, s.max(axis=1) * scale)
     # A row without any key so far has maximum -inf; 0 keeps inf - inf out of the exponent.
     reference = jnp.where(new_max == _NEG_INF, 0.0, new_max)
@@ -514,7 +554,7 @@ def _store(
     outputs: tuple[Any, Any],
     scratch: Scratch,
     tile: _Tile,
-    state: _Softmax,
+    state: _State,
 ) -> None:
     """Normalises O and writes it and the log-sum-exp through shared memory."""
     out_gmem, lse_gmem = outputs
