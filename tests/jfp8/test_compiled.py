@@ -117,6 +117,15 @@ def test_accumulation_is_fast_forward_and_exact_backward(gemm, precision):
     assert f'"operand_precision":["{precision}","{precision}"]' in line
 
 
+@pytest.mark.parametrize("name, takes_amax", [("delayed", False), ("inline", True)])
+def test_explicit_calibration_takes_no_amax_on_the_way_to_the_result(name, takes_amax):
+    recipe = RECIPES[name]
+    state = jax.eval_shape(lambda: jfp8.init_state(recipe))
+    forward = jax.jit(lambda x, w, s: jfp8.dot_general(x, w, DENSE, s, recipe=recipe))
+    text = forward.lower(shape(64, 64), shape(64, 64), state).compile().as_text()
+    assert ("reduce_max" in text) == takes_amax
+
+
 def test_scanned_and_rematerialised_layers_stay_in_fp8():
     recipe, count = RECIPES["delayed"], 4
     policy = jax.checkpoint_policies.save_only_these_names(*jfp8.RESIDUAL_NAMES)
