@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_MAX_CHUNK_LOGITS = 1 << 26  # float32 logits of one chunk: 256 MiB
+_MAX_CHUNK_LOGITS = 1 << 27  # float32 logits of one chunk: 512 MiB
 
 
 def cross_entropy(

@@ -22,6 +22,7 @@ import jfp8.nnx
 from pallas_kernels import flash_attention
 from train.config import ModelConfig
 from train.embedding import embed
+from train.swiglu import swiglu
 
 COMPUTE_DTYPE = jnp.bfloat16
 _INIT_STD = 0.02
@@ -88,8 +89,9 @@ class Attention(nnx.Module):
         group = heads // kv_heads
         qkv = checkpoint_name(self.qkv(x), "qkv")
         qkv = qkv.reshape(batch, length, kv_heads, group + 2, head_dim)
-        q = qkv[..., :group, :].reshape(batch, length, heads, head_dim)
-        k, v = qkv[..., group, :], qkv[..., group + 1, :]
+        # `split`, and not slices: its gradient is one concatenation, not a sum of padded arrays.
+        q, k, v = jnp.split(qkv, [group, group + 1], axis=-2)
+        q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         window = config.local_window_size
@@ -132,9 +134,7 @@ class SwiGLU(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         gate_up = checkpoint_name(self.gate_up(x), "gate_up")
         pairs = gate_up.reshape(*x.shape[:-1], -1, 2, self.group)
-        gate, up = pairs[..., 0, :].astype(jnp.float32), pairs[..., 1, :].astype(jnp.float32)
-        hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-        return self.down(hidden.reshape(*x.shape[:-1], -1))
+        return self.down(swiglu(pairs))
 
 
 class Block(nnx.Module):
