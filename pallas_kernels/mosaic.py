@@ -19,6 +19,12 @@ ROWS = 64
 """Rows of a wgmma instruction: M is a multiple of this."""
 SWIZZLE_BYTES = 128
 """One row of a shared-memory tile, and the widest swizzle of TMA and wgmma."""
+GMEM_ROWS = 8
+"""Lengths of tiled arrays in global memory are multiples of this: the rows of a tile."""
+SMEM_ALIGNMENT = 1024
+"""Bytes that Mosaic GPU aligns each buffer to: one swizzle pattern."""
+SMEM_OVERHEAD = 2048 + 128
+"""Bytes that Mosaic GPU adds to the buffers and barriers of a kernel, at most."""
 MATRIX = plgpu.Layout.WGMMA
 """Registers of an accumulator: lane l of warp w holds rows 16w + l/4 (+ 8), columns 2 (l % 4) + 8j
 (+ 1).

@@ -16,6 +16,7 @@ from jax import Array
 from pallas_kernels import hardware
 from pallas_kernels.flash_attention import sm90_fwd_bf16, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
+from pallas_kernels.mosaic import GMEM_ROWS
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
@@ -112,12 +113,19 @@ def forward(
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = _segment_operands(plan, q_segment_ids, kv_segment_ids)
-    return sm90_fwd_bf16.launch(q, k, v, segments, plan=plan)
+    q, k, v = (_pad_length(x) for x in (q, k, v))
+    out, lse = sm90_fwd_bf16.launch(q, k, v, segments, plan=plan)
+    return out[:, : spec.query_length], lse
+
+
+def _pad_length(x: Array) -> Array:
+    """Rounds the length of `[B, length, heads, H]` up to what TMA's tiles need; mostly a no-op."""
+    padding = -x.shape[1] % GMEM_ROWS
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
 
 def _sm_count() -> int:
-    """Streaming multiprocessors of the default device; those of an H200 if it is not in the table.
-    """
+    """Multiprocessors of the default device; those of an H200 if it is not in the table."""
     facts = hardware.gpu_facts(hardware.current_device_kind())
     return facts.sm_count if facts else 132
 

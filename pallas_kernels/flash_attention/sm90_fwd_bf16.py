@@ -36,7 +36,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
-from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, keep_columns, tile_transforms
+from pallas_kernels.mosaic import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    SMEM_ALIGNMENT,
+    SMEM_OVERHEAD,
+    keep_columns,
+    tile_transforms,
+)
 from pallas_kernels.numerics import LN2, LOG2E
 
 _NEG_INF = float("-inf")
@@ -111,7 +120,6 @@ class Scratch(NamedTuple):
     k: Any  # [num_stages, block_kv, H]
     v: Any  # [num_stages, block_kv, H]
     out: Any  # [tile_q, H], or None
-    lse: Any  # [tile_q], float32
     kv_ids: Any  # [num_stages, block_kv], int32, or None
     p: Any  # [C, ROWS, block_kv], interpreter only: the A operand of P V
     q_full: Any  # TMA -> compute: Q has arrived
@@ -137,7 +145,6 @@ def scratch_types(plan: Plan) -> Scratch:
         k=tile((stages, block_kv, spec.head_dim)),
         v=tile((stages, block_kv, spec.head_dim)),
         out=None if config.reuse_q_smem else tile((plan.tile_q, spec.head_dim)),
-        lse=plgpu.SMEM((plan.tile_q,), jnp.float32),
         kv_ids=plgpu.SMEM((stages, block_kv), jnp.int32) if spec.has_segments else None,
         p=tile((wgs, ROWS, block_kv)) if plan.interpret else None,
         q_full=plgpu.Barrier(),
@@ -152,15 +159,14 @@ def scratch_types(plan: Plan) -> Scratch:
 
 def smem_bytes(plan: Plan) -> int:
     """Returns the shared memory of one CTA, barriers included."""
-    total = 0
+    buffers = barriers = 0
     for entry in scratch_types(plan):
         if isinstance(entry, plgpu.Barrier):
-            total += 8 * int(np.prod(entry.num_barriers))
+            barriers += 8 * int(np.prod(entry.num_barriers))
         elif entry is not None:
             size = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
-            # Mosaic GPU aligns each buffer to the 1024 bytes of a swizzle pattern.
-            total += -(-size // 1024) * 1024
-    return total
+            buffers += -(-size // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+    return buffers + barriers + SMEM_OVERHEAD
 
 
 class _Inputs(NamedTuple):
@@ -528,6 +534,8 @@ def _mask(loop: _Loop, j: Array, s: Array) -> Array:
         if loop.q_ids is None:
             return seen
         kv_ids = plgpu.load(loop.scratch.kv_ids.at[loop.stage(j)], layout=PER_COLUMN)
+        # Orders this read before TMA's next write to the same buffer.
+        plgpu.commit_smem()
         same = _rows(loop.q_ids, s.shape) == lax.broadcast_in_dim(kv_ids, s.shape, [1])
         return jnp.where(same, seen, _NEG_INF)
 
@@ -556,23 +564,21 @@ def _store(
     tile: _Tile,
     state: _State,
 ) -> None:
-    """Normalises O and writes it and the log-sum-exp through shared memory."""
+    """Normalises O, writes it through shared memory, and the log-sum-exp directly."""
     out_gmem, lse_gmem = outputs
     rows = pl.ds(lax.axis_index("wg") * ROWS, ROWS)
     out_smem = (scratch.q if plan.config.reuse_q_smem else scratch.out).at[rows]
-    lse_smem = scratch.lse.at[rows]
     is_empty = state.row_sum == 0.0
     row_sum = jnp.where(is_empty, 1.0, state.row_sum)
     out = state.out * _rows(1.0 / row_sum, state.out.shape)
     lse = jnp.where(is_empty, _NEG_INF, state.row_max * LN2 + jnp.log(row_sum))
-    # The previous tile's output may still be on its way out of these buffers.
+    queries = pl.ds(tile.q_tile * plan.tile_q + lax.axis_index("wg") * ROWS, ROWS)
+    lse_gmem.at[tile.batch, tile.head, queries][...] = lse
+    # The previous tile's output may still be on its way out of this buffer.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     out_smem[...] = out.astype(plan.spec.dtype)
-    lse_smem[...] = lse
     plgpu.commit_smem()
-    queries = pl.ds(tile.q_tile * plan.tile_q + lax.axis_index("wg") * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tile.batch, queries, tile.head])
-    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[tile.batch, tile.head, queries])
     if plan.config.reuse_q_smem:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(scratch.q_free)
@@ -609,7 +615,7 @@ def launch(
     """Runs the kernel.
 
     Args:
-      q: `[B, T, N, H]`.
+      q: `[B, T, N, H]`; T and S may be rounded up to `GMEM_ROWS` here.
       k: `[B, S, K, H]`.
       v: like k.
       segments: ids `[B, padded T]` and `[B, padded S]`, and block ranges `[B, num_q_tiles, 4]`, all
@@ -617,7 +623,7 @@ def launch(
       plan: shapes, config and device.
 
     Returns:
-      Output `[B, T, N, H]`, and log-sum-exp `[B, N, padded T]`, float32.
+      Output like q, and log-sum-exp `[B, N, padded T]`, float32.
     """
     spec = plan.spec
     scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
@@ -635,5 +641,5 @@ def launch(
         thread_name="wg",
         kernel_name="flash_attention_fwd",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
     )(q, k, v, *(segments or ()))
