@@ -8,7 +8,7 @@ quantisation) in every dense layer but the head.
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,7 @@ class Shape:
     vocab_size: int
     rope_theta: float
     norm_eps: float
-    attention: str
+    attention: Literal["cudnn", "xla"]
     fp8: bool
     unroll: bool
 

@@ -28,7 +28,6 @@ class OurStep:
         started = time.perf_counter()
         self.steps = compile_steps(config, optimizer, mesh)
         self.compile_time_s = time.perf_counter() - started
-        startup.check_fp8_share(config, self.steps)
         self.state = create_state(config, optimizer, mesh)
         self.batch = {
             name: jax.device_put(values, abstract_batch(config, mesh)[name].sharding)
