@@ -167,17 +167,19 @@ class _Run:
         for line in (self.fp8_line, *startup.describe_memory(self.steps)):
             self.say(line)
         self.health_names = health_names(state.scaling)
-        with MetricsWriter(
-            self.run.path,
-            self.config,
-            resume_step=int(state.step),
-            device_count=self.mesh.size,
-        ) as self.writer:
-            with interrupt.deferred():
-                state = self._loop(state, interrupt)
-                self._save(state)
-                self._report_failures(self.checkpointer.wait)
-                self._must_stop(interrupt)
+        with (
+            interrupt.deferred(),
+            MetricsWriter(
+                self.run.path,
+                self.config,
+                resume_step=int(state.step),
+                device_count=self.mesh.size,
+            ) as self.writer,
+        ):
+            state = self._loop(state, interrupt)
+            self._save(state)
+            self._report_failures(self.checkpointer.wait)
+            self._must_stop(interrupt)
         return state
 
     def _loop(self, state: TrainState, interrupt: Interrupt) -> TrainState:
