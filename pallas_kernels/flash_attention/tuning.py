@@ -47,7 +47,7 @@ def forward_candidates(spec: AttentionSpec) -> list[tuple[ForwardConfig, str | N
     schedules = ((True, True), (False, True), (True, False))
     candidates = []
     for wgs, block_kv, stages, (overlap, ping_pong), reuse in itertools.product(
-        (2, 3), (64, 128, 192), (2, 3), schedules, (False, True)
+        (2, 3), (128, 64, 192), (2, 3), schedules, (False, True)
     ):
         config = ForwardConfig(
             compute_warpgroups=wgs,
@@ -68,7 +68,7 @@ def rejection(config: ForwardConfig, spec: AttentionSpec) -> str | None:
         return f"needs {used} bytes of shared memory of {SM90_SMEM_BYTES_PER_BLOCK}"
     # A thread holds S, O and P of 64 rows: block_kv / 2 + H / 2 + block_kv / 4 registers.
     live = config.block_kv // 2 + spec.head_dim // 2 + config.block_kv // 4
-    spare = 50  # row statistics, addresses, loop counters
+    spare = 46  # row statistics, addresses, loop counters
     if live + spare > config.compute_registers:
         return f"needs about {live + spare} registers of {config.compute_registers}; would spill"
     separate = dataclasses.replace(config, reuse_q_smem=False)
