@@ -53,11 +53,9 @@ def profile(config_arguments: list[str], directory: Path) -> tuple[list[dict], s
         jax.block_until_ready(step.launch())
     started = time.perf_counter()
     with jax.profiler.trace(str(directory)):
-        for _ in range(_STEPS):
-            loss = step.launch()
-        jax.block_until_ready(loss)
+        jax.block_until_ready([step.launch() for _ in range(_STEPS)])
     wall = (time.perf_counter() - started) / _STEPS
-    text = step.steps.train.as_text()
+    text = step.steps.train.as_text() or ""
     events = [e for path in directory.rglob("*.trace.json.gz") for e in trace.read_trace(path)]
     facts = {"config_arguments": config_arguments, "wall_time_per_step_ms": 1e3 * wall}
     return events, text, facts | jax_device.describe()

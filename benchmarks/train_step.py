@@ -84,11 +84,10 @@ def run_contender(name: str, arguments: argparse.Namespace, work: Path) -> dict[
     task_path, result_path, log_path = (work / x for x in ("task.json", "result.json", "log"))
     result_path.unlink(missing_ok=True)
     write_json(task_path, task)
-    is_torch = name.startswith("torch")
-    python = arguments.torch_python if is_torch else sys.executable
+    python = arguments.torch_python if name.startswith("torch") else sys.executable
     command = [python, "-m", "benchmarks.contenders", str(task_path), str(result_path)]
     started = time.perf_counter()
-    code = _run_process(command, _environment(is_torch, work), log_path, arguments.timeout)
+    code = _run_process(command, _environment(name, work), log_path, arguments.timeout)
     row: dict[str, Any] = {"name": name, "wall_time_s": time.perf_counter() - started}
     if code == 0:
         return row | {"status": "ok"} | _measured(json.loads(result_path.read_text()), config)
@@ -100,12 +99,13 @@ def run_contender(name: str, arguments: argparse.Namespace, work: Path) -> dict[
     return row | {"status": status, "reason": reason, "log_tail": log[-_LOG_TAIL_CHARACTERS:]}
 
 
-def _environment(is_torch: bool, work: Path) -> dict[str, str]:
+def _environment(name: str, work: Path) -> dict[str, str]:
     environment = dict(os.environ)
-    if not is_torch:
+    if not name.startswith("torch"):
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _JAX_MEMORY_FRACTION)
-        # The repetition at the end need not compile again.
-        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "compilation_cache"))
+        # The repetition at the end need not compile again; nobody else shares it, so that the first
+        # run's compile time is its own.
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "compiled" / name))
         if not shutil.which("nvidia-smi"):
             environment.setdefault("JAX_PLATFORMS", "cpu")
     return environment
