@@ -2,10 +2,10 @@
 
 Each runs the case on this library, and on the design that other libraries use (`naive_dot`: the
 cotangent of the state *is* the new amax), where it must come out wrong: so the test can fail.
+Rows 7 to 10, on several devices, are in test_pitfalls_sharded.py.
 """
 
 import functools
-import re
 
 import flax
 import jax
@@ -15,68 +15,34 @@ import optax
 import pytest
 from flax import linen, nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jfp8
 import jfp8.linen
 import jfp8.nnx
 from jfp8.scaling import GRAD, LHS, NONFINITE, RHS
 from tests.jfp8 import reference
-
-DIMENSIONS = (((1,), (0,)), ((), ()))
-RECIPE = jfp8.Recipe()
-M, K, N = 64, 32, 48
-
-
-def normal(seed: int, *shape: int, factor: float = 1.0) -> jax.Array:
-    return factor * reference.normal(seed, *shape)
-
-
-X, W, SQUARE = normal(0, M, K), normal(1, K, N, factor=0.1), normal(2, K, K, factor=0.1)
-
-
-@pytest.fixture(scope="module")
-def state() -> jfp8.ScalingState:
-    """Calibrated on X and W, with a gradient of ones."""
-    fresh = jfp8.init_state(RECIPE)
-    return jfp8.update(fresh, observe(lambda s: dot(X, W, s).sum(), fresh), RECIPE)
-
-
-def dot(x: jax.Array, w: jax.Array, state: jfp8.ScalingState) -> jax.Array:
-    return jfp8.dot_general(x, w, DIMENSIONS, state, recipe=RECIPE)
-
-
-def observe(loss, *args) -> jfp8.ScalingState:
-    """The gradient of `loss` with respect to its last argument."""
-    return jax.jit(jax.grad(loss, argnums=len(args) - 1))(*args)
-
-
-def lhs_exponent(observed: jfp8.ScalingState) -> int | None:
-    return reference.top_exponent(observed.observation[LHS])
-
-
-@jax.custom_vjp
-def naive_dot(x: jax.Array, w: jax.Array, amax: jax.Array) -> jax.Array:
-    """The gradient of `amax` is the amax of x: to be overwritten with."""
-    del amax
-    return x @ w
-
-
-naive_dot.defvjp(
-    lambda x, w, amax: (x @ w, (x, w)),
-    lambda saved, g: (g @ saved[1].T, saved[0].T @ g, jnp.abs(saved[0]).max()),
+from tests.jfp8.pitfall_cases import (
+    DIMENSIONS,
+    RECIPE,
+    ZERO,
+    K,
+    M,
+    N,
+    W,
+    X,
+    assert_naive_amax_is_wrong,
+    calibrated,
+    dot,
+    lhs_exponent,
+    naive_dot,
+    normal,
+    observe,
 )
 
-ZERO = jnp.zeros(())
 
-
-def assert_naive_amax_is_wrong(naive: jax.Array, *tensors: jax.Array) -> None:
-    true = max(float(jnp.abs(x).max()) for x in tensors)
-    assert not np.isclose(float(naive), true, rtol=1e-3)
-
-
-# ------------------------------------------------------------------------------- single device
+@pytest.fixture(name="state")
+def state_fixture() -> jfp8.ScalingState:
+    return calibrated()
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, RECIPE.calibrating()], ids=["inline", "calibrating"])
@@ -191,131 +157,18 @@ def test_row_06_vmap(state, recipe):
     assert_naive_amax_is_wrong(naive, batch)
 
 
-# --------------------------------------------------------------------------- several devices
-
-# One eighth of the rows for each device, each with an amax of its own; the largest is not first.
-SHARDED = normal(6, 128, K) * jnp.repeat(jnp.asarray([1.0, 50, 3, 7, 2, 2, 2, 2]), 16)[:, None]
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Mesh:
-    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-
-
-def sharded_loss(f, x, w, s):
-    return f(x, w, s).sum()
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_row_07_jit_sharding_is_the_global_maximum(state, axis_type):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
-    with jax.set_mesh(mesh):
-        x = jax.device_put(SHARDED, NamedSharding(mesh, P("data")))
-        w, s = jax.device_put((W, state), NamedSharding(mesh, P()))
-        observed = observe(functools.partial(sharded_loss, dot), x, w, s)
-    assert lhs_exponent(observed) == reference.amax_exponent("e4m3", SHARDED)
-
-
-def test_row_07_jit_sharding_needs_one_collective_per_dot(mesh):
-    recipe = jfp8.Recipe(calibration="explicit")
-    rows, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-
-    def collectives(f, s):
-        weight = jax.ShapeDtypeStruct((128, 128), jnp.float32)
-        shapes = (jax.ShapeDtypeStruct((1024, 128), jnp.float32, sharding=rows),)
-        shapes += jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), (weight, s)
-        )
-        gradient = jax.grad(lambda x, w, s: jnp.square(f(x, w, s)).sum(), argnums=(1, 2))
-        text = jax.jit(gradient).lower(*shapes).compile().as_text()
-        results = re.findall(r"= (\S+|\(.*?\)) all-(?:reduce|gather)(?:-start)?\(", text)
-        arrays = re.findall(r"(\w+\[[\d,]*\])", " ".join(results))
-        return [array for array in arrays if array != "f32[128,128]"]  # the weight's gradient
-
-    def ours(x, w, s):
-        return jfp8.dot_general(x, w, DIMENSIONS, s, recipe=recipe)
-
-    assert len(collectives(ours, jfp8.init_state(recipe))) == 1
-
-    @jax.custom_vjp
-    def naive(x, w, amax):
-        return x @ w
-
-    naive.defvjp(
-        lambda x, w, amax: (x @ w, (x, w, jnp.abs(x).max())),
-        lambda saved, g: (
-            g @ saved[1].T, saved[0].T @ g, jnp.stack([saved[2], jnp.abs(g).max()])
-        ),
-    )  # fmt: skip
-    assert len(collectives(naive, jnp.zeros(2))) > 1
-
-
-def test_row_08_shard_map_with_check_vma(mesh):
-    def grad(f, s):
-        return jax.jit(
-            jax.shard_map(
-                jax.grad(
-                    lambda x, w, s: lax.psum(sharded_loss(f, x, w, s), "data"), argnums=(0, 1, 2)
-                ),
-                mesh=mesh,
-                in_specs=(P("data"), P(), P()),
-                out_specs=(P("data"), P(), P()),
-                check_vma=True,
-            )
-        )(SHARDED, W, s)
-
-    _, dw, observed = grad(dot, jfp8.init_state(RECIPE))
-    assert lhs_exponent(observed) == reference.amax_exponent("e4m3", SHARDED)
-    columns = reference.f64(SHARDED).sum(axis=0)
-    assert reference.sqnr_db(np.tile(columns[:, None], (1, N)), dw) > 22
-    with pytest.raises(
-        ValueError, match="same type as the args"
-    ):  # the naive backward does not even type-check
-        grad(naive_dot, ZERO)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_row_09_shard_map_with_the_gradient_outside(state, mesh, check_vma):
-    def loss(f, s):
-        mapped = jax.shard_map(
-            f,
-            mesh=mesh,
-            in_specs=(P("data"), P(), P()),
-            out_specs=P("data"),
-            check_vma=check_vma,
-        )
-        return mapped(SHARDED, W, s).sum()
-
-    observed = observe(functools.partial(loss, dot), state)
-    assert lhs_exponent(observed) == reference.amax_exponent("e4m3", SHARDED)
-    if not check_vma:  # with it the naive one raises, as in row 8
-        assert_naive_amax_is_wrong(observe(functools.partial(loss, naive_dot), ZERO), SHARDED)
-
-
-@pytest.mark.parametrize("reduce", [lax.psum, lax.pmean])
-def test_row_10_shard_map_unchecked_with_the_gradient_inside(state, mesh, reduce):
-    """The observation is reduced as the gradients of the parameters are, by psum or pmean."""
-
-    def step(f, x, w, s):
-        grads = jax.grad(functools.partial(sharded_loss, f), argnums=(1, 2))(x, w, s)
-        return jax.tree.map(lambda g: reduce(g, "data"), grads)
-
-    def run(f, s):
-        return jax.jit(
-            jax.shard_map(
-                functools.partial(step, f),
-                mesh=mesh,
-                in_specs=(P("data"), P(), P()),
-                out_specs=P(),
-                check_vma=False,
-            )
-        )(SHARDED, W, s)[1]
-
-    assert lhs_exponent(run(dot, state)) == reference.amax_exponent("e4m3", SHARDED)
-    assert_naive_amax_is_wrong(run(naive_dot, ZERO), SHARDED)
-
-
-# ------------------------------------------------------------------------------ state over time
+def test_row_06_vmap_over_experts_with_states_of_their_own():
+    factors = jnp.asarray([1.0, 900.0, 0.0])  # the last expert gets no tokens
+    batch = X * factors[:, None, None]
+    weights = W * jnp.asarray([1.0, 2.0, 4.0])[:, None, None]
+    states = jax.tree.map(lambda a: jnp.stack([a] * 3), jfp8.init_state(RECIPE))
+    observed = observe(lambda s: jax.vmap(dot)(batch, weights, s).sum(), states)
+    new = jfp8.update(states, observed, RECIPE)
+    for i in range(2):
+        assert new.scale[i, LHS] == 2.0 ** reference.amax_exponent("e4m3", batch[i])
+    assert np.isnan(new.scale[2, LHS])
+    for i in range(3):
+        assert new.scale[i, RHS] == 2.0 ** reference.amax_exponent("e4m3", weights[i])
 
 
 @pytest.mark.parametrize("how", ["cond", "stop_gradient", "unused"])
