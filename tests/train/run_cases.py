@@ -112,6 +112,11 @@ def start_signalling(
     return _start(["-c", SIGNALLING_MAIN, where, str(count), str(number), *arguments], xla_cache)
 
 
+def run_python(code: str, *arguments: str, xla_cache: Path | None = None) -> subprocess.Popen:
+    """Starts a script."""
+    return _start(["-c", code, *arguments], xla_cache)
+
+
 def _start(arguments: list[str], xla_cache: Path | None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *arguments],

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 
 import jax
@@ -19,6 +20,7 @@ from run_cases import (
     quick_compilation,
     records,
     restore,
+    run_python,
     saved_arrays,
     start,
     start_signalling,
@@ -140,7 +142,8 @@ def test_killed_at_any_moment(finished_run, tmp_path):
         )
         assert code == -signal.SIGKILL, (where, out, err)
         assert max(checkpoints(directory), default=0) in newest, where
-    code, out, err = finish(start(finished_run.arguments(directory, **own), None))
+    command = finished_run.arguments(directory, **own)
+    code, out, err = finish(start(command, finished_run.xla_cache))
     assert (code, err) == (0, "")
     assert "already trained" in out
     assert_same_run(directory, finished_run)
@@ -154,8 +157,8 @@ def test_killed_at_any_moment(finished_run, tmp_path):
 def test_signals_from_outside(finished_run, tmp_path):
     """SIGTERM, SIGINT, and SIGINT twice, sent to `python -m train.main` between steps."""
     directory = tmp_path / "run"
-    # Validating for a second after each step keeps the run where it is until the signal comes.
-    options = {"log.validate-every": 1, "log.validation-batches": 1000}
+    # Validating at length after each step keeps the run where it is until the signal comes.
+    options = {"log.validate-every": 1, "log.validation-batches": 100}
     slow = finished_run.arguments(directory, **options)
 
     def start_until(step):
@@ -187,6 +190,7 @@ def test_signals_from_outside(finished_run, tmp_path):
     assert (code, err) == (130, "")
     assert out.endswith("SIGINT: stopped; run the same command to go on\n")
     assert checkpoints(directory)[-1] == stopped_after
+    # The last start compiles anew; the others take the programs from a cache.
     code, out, err = finish(start(finished_run.arguments(directory), None))
     assert (code, err) == (0, "")
     assert f"resumed from the checkpoint of step {stopped_after}\n" in out
@@ -401,3 +405,42 @@ def test_signal_during_the_last_save_and_no_room_for_the_plot(here, tmp_path, mo
     assert "already trained: 8 of 8 steps\n" in out
     assert "warning: plot, sample or summary is missing: [Errno 28] No space left on device" in out
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+# Several processes.
+
+ONE_OF_TWO_PROCESSES = """
+import sys
+import jax
+from train import loop
+from train.config import TrainConfig
+from train.interrupt import Interrupt
+from train.mesh import make_mesh
+
+port, index = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+
+class NoData:
+    def train_iterator(self):
+        return iter(())
+
+config = TrainConfig()
+run = loop._Run(config, None, NoData(), None, make_mesh(config.mesh), print)
+interrupt = Interrupt()
+for step in range(10):
+    if (index, step) == (1, 4):
+        interrupt.number = 15
+    if run._must_stop(interrupt):
+        print("stops at", step, "for", run.stop_number)
+        break
+"""
+
+
+def test_two_processes_stop_after_the_same_step_for_a_signal_to_one():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    processes = [run_python(ONE_OF_TWO_PROCESSES, port, str(index)) for index in (0, 1)]
+    for code, out, err in map(finish, processes):
+        assert code == 0, err
+        assert out.endswith("stops at 5 for 15\n")
