@@ -217,7 +217,7 @@ class Transformer(nnx.Module):
 
 # What the backward finds saved under remat="dots": GEMM and attention outputs, and each GEMM's
 # 8-bit operands in place of the 16-bit values they were made from.
-_SAVED_NAMES = ("qkv", "attended", "gate_up", "fp8_lhs", "fp8_rhs", "attention_residual")
+_SAVED_NAMES = ("qkv", "attended", "gate_up", *jfp8.RESIDUAL_NAMES)
 
 
 def _rematerialised(function: Callable, config: ModelConfig) -> Callable:

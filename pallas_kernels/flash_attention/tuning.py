@@ -7,7 +7,7 @@ import itertools
 import json
 
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
-from pallas_kernels.flash_attention.sm90_fwd_bf16 import Plan, smem_bytes
+from pallas_kernels.flash_attention.sm90_fwd_plan import Plan, smem_bytes
 from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
 
 _TABLE = "tuned_h200.json"

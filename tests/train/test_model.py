@@ -1,4 +1,4 @@
-"""The model against a float64 NumPy forward pass, and its loops and remat policies against each other."""
+"""The model against float64 NumPy; its loops and remat policies against each other."""
 
 import dataclasses
 import functools
@@ -161,7 +161,10 @@ def test_window_hides_what_is_further_back():
 def test_rotation_keeps_lengths_and_relative_positions():
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 1, 8))
-    at = lambda x, p: np.asarray(rotate(jnp.float32(x), *rotary_angles(jnp.array([[p]]), 8, 1e4)))
+
+    def at(x, p):
+        return np.asarray(rotate(jnp.float32(x), *rotary_angles(jnp.array([[p]]), 8, 1e4)))
+
     np.testing.assert_allclose(np.linalg.norm(at(q, 77)), np.linalg.norm(q), rtol=1e-5)
     np.testing.assert_allclose((at(q, 9) * at(k, 4)).sum(), (at(q, 105) * at(k, 100)).sum(), 1e-4)
 

@@ -10,7 +10,6 @@ import pytest
 
 from train.config import (
     DataConfig,
-    Fp8Config,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,

@@ -1,0 +1,229 @@
+"""Flash attention forward, SM90: the plan: shared memory and tile schedule.
+
+Split from `sm90_fwd_bf16`, whose text explains the warps and barriers.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
+from pallas_kernels.mosaic import (
+    ROWS,
+    SMEM_ALIGNMENT,
+    SMEM_OVERHEAD,
+    tile_transforms,
+)
+
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything static about one launch."""
+
+    spec: AttentionSpec
+    """What is computed."""
+    config: ForwardConfig
+    """How the work is cut."""
+    sm_count: int
+    """Streaming multiprocessors of the device; each holds one CTA."""
+    interpret: bool = False
+    """Runs in the CPU interpreter, which lacks A operands in registers and preset accumulators."""
+
+    @property
+    def num_ctas(self) -> int:
+        """CTAs launched."""
+        return min(self.sm_count, self.num_tiles)
+
+    @property
+    def tile_q(self) -> int:
+        """Queries of one CTA tile."""
+        return ROWS * self.config.compute_warpgroups
+
+    @property
+    def num_q_tiles(self) -> int:
+        """Tiles along T; the last may reach beyond it."""
+        return pl.cdiv(self.spec.query_length, self.tile_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks along S; the last may reach beyond it."""
+        return pl.cdiv(self.spec.key_length, self.config.block_kv)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the whole problem."""
+        return self.spec.batch_size * self.spec.num_heads * self.num_q_tiles
+
+    @property
+    def heads_per_section(self) -> int:
+        """(batch, head) pairs whose tiles are dealt out together.
+
+        Tiles of different lengths balance only when all heads' longest tiles go first. Equally
+        long ones balance anyway, and then few heads at a time keep their K and V in L2.
+        """
+        if self.spec.has_segments or (
+            self.spec.band.right is not None and self.spec.band.left is None
+        ):
+            return self.spec.batch_size * self.spec.num_heads
+        return self.spec.num_heads // self.spec.num_kv_heads
+
+    @property
+    def padded_query_length(self) -> int:
+        """T rounded up to whole tiles."""
+        return self.num_q_tiles * self.tile_q
+
+    @property
+    def padded_key_length(self) -> int:
+        """S rounded up to whole blocks."""
+        return self.num_kv_blocks * self.config.block_kv
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of one CTA; a barrier's comment names producer and consumer."""
+
+    q: Any  # [tile_q, H]; also the output if config.reuse_q_smem
+    k: Any  # [num_stages, block_kv, H]
+    v: Any  # [num_stages, block_kv, H]
+    out: Any  # [tile_q, H], or None
+    kv_ids: Any  # [num_stages, block_kv], int32, or None
+    p: Any  # [C, ROWS, block_kv], interpreter only: the A operand of P V
+    q_full: Any  # TMA -> compute: Q has arrived
+    k_full: Any  # TMA -> compute, one per stage: K (and its segment ids)
+    v_full: Any  # TMA -> compute, one per stage
+    q_free: Any  # compute -> producer: Q may be overwritten
+    k_free: Any  # compute -> producer, one per stage
+    v_free: Any  # compute -> producer, one per stage
+    turn: Any  # compute -> compute, one per warpgroup: it may issue matrix products; or None
+
+
+def scratch_types(plan: Plan) -> Scratch:
+    """Returns the shared-memory plan: the single source of the allocation and of `smem_bytes`."""
+    config, spec = plan.config, plan.spec
+    wgs, stages, block_kv = config.compute_warpgroups, config.num_stages, config.block_kv
+    dtype = jnp.dtype(spec.dtype)
+
+    def tile(shape: tuple[int, ...]) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=tile_transforms(dtype.itemsize))
+
+    return Scratch(
+        q=tile((plan.tile_q, spec.head_dim)),
+        k=tile((stages, block_kv, spec.head_dim)),
+        v=tile((stages, block_kv, spec.head_dim)),
+        out=None if config.reuse_q_smem else tile((plan.tile_q, spec.head_dim)),
+        kv_ids=plgpu.SMEM((stages, block_kv), jnp.int32) if spec.has_segments else None,
+        p=tile((wgs, ROWS, block_kv)) if plan.interpret else None,
+        q_full=plgpu.Barrier(),
+        k_full=plgpu.Barrier(num_arrivals=1 + spec.has_segments, num_barriers=stages),
+        v_full=plgpu.Barrier(num_barriers=stages),
+        q_free=plgpu.Barrier(num_arrivals=wgs),
+        k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=wgs) if config.ping_pong else None,
+    )
+
+
+def smem_bytes(plan: Plan) -> int:
+    """Returns the shared memory of one CTA, barriers included."""
+    buffers = barriers = 0
+    for entry in scratch_types(plan):
+        if isinstance(entry, plgpu.Barrier):
+            barriers += 8 * int(np.prod(entry.num_barriers))
+        elif entry is not None:
+            size = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
+            buffers += -(-size // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+    return buffers + barriers + SMEM_OVERHEAD
+
+
+class Inputs(NamedTuple):
+    """Global memory that the kernel reads."""
+
+    q: Any  # [B, T, N, H]
+    k: Any  # [B, S, K, H]
+    v: Any  # [B, S, K, H]
+    q_ids: Any  # [B, padded T], int32, or None
+    kv_ids: Any  # [B, padded S], int32, or None
+    block_ranges: Any  # [B, num_q_tiles, 4], int32, or None: see `BlockRange`
+
+
+class Tile(NamedTuple):
+    """One tile of work, as traced scalars."""
+
+    batch: Array
+    head: Array
+    q_tile: Array
+
+
+class BlockRange(NamedTuple):
+    """Blocks start <= j < stop hold all keys that a tile sees; full_start <= j < full_stop need no
+    mask.
+    """
+
+    start: Array
+    stop: Array
+    full_start: Array
+    full_stop: Array
+
+
+def cta_tiles(plan: Plan) -> tuple[Array, Any]:
+    """Returns how many tiles this CTA has, and the function from its i-th to the tile's index.
+
+    Tiles are dealt out in rounds, every other round in reverse order, so that a CTA that drew a
+    long tile in one round draws a short one in the next.
+    """
+    cta = lax.axis_index("cta")
+    full_rounds, rest = divmod(plan.num_tiles, plan.num_ctas)
+    last = (plan.num_ctas - 1 - cta) if full_rounds % 2 else cta
+    count = full_rounds + (last < rest).astype(jnp.int32)
+
+    def index(i: Array) -> Array:
+        position = jnp.where(i % 2 == 1, plan.num_ctas - 1 - cta, cta)
+        return i * plan.num_ctas + position
+
+    return count, index
+
+
+def tile_of(plan: Plan, index: Array) -> Tile:
+    """Maps the index of a tile to its coordinates: section by section, longest tiles first."""
+    heads = plan.heads_per_section
+    section, rest = _divmod(index, heads * plan.num_q_tiles)
+    rank, head = _divmod(rest, heads)
+    batch, head = _divmod(section * heads + head, plan.spec.num_heads)
+    # Under a causal mask the last queries see the most keys.
+    q_tile = plan.num_q_tiles - 1 - rank if plan.spec.band.right is not None else rank
+    return Tile(batch, head, q_tile)
+
+
+def _divmod(x: Array, divisor: int) -> tuple[Array, Array]:
+    """Divides non-negative int32."""
+    divisor = jnp.int32(divisor)
+    return lax.div(x, divisor), lax.rem(x, divisor)
+
+
+def block_range_of(plan: Plan, block_ranges: Any, tile: Tile) -> BlockRange:
+    """Returns which key blocks a tile needs: looked up with segment ids, else computed from the
+    band.
+    """
+    if plan.spec.has_segments:
+        return BlockRange(*(block_ranges[tile.batch, tile.q_tile, i] for i in range(4)))
+    band, block_kv = plan.spec.band, plan.config.block_kv
+    first_q = tile.q_tile * plan.tile_q
+    last_q = first_q + plan.tile_q - 1
+    start = full_start = jnp.int32(0)
+    stop = jnp.int32(plan.num_kv_blocks)
+    full_stop = jnp.int32(plan.spec.key_length // block_kv)
+    if band.right is not None:
+        stop = jnp.minimum(stop, lax.div(last_q + band.right, block_kv) + 1)
+        full_stop = jnp.minimum(full_stop, lax.div(first_q + band.right + 1, block_kv))
+    if band.left is not None:
+        start = lax.div(jnp.maximum(first_q - band.left, 0), block_kv)
+        start = jnp.minimum(start, plan.num_kv_blocks - 1)
+        full_start = lax.div(jnp.maximum(last_q - band.left, 0) + block_kv - 1, block_kv)
+    # A tile that sees no key still runs one block, all masked, which makes its output 0.
+    return BlockRange(start, jnp.maximum(stop, start + 1), full_start, full_stop)
