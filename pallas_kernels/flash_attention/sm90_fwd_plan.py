@@ -22,7 +22,6 @@ from pallas_kernels.mosaic import (
 )
 
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Everything static about one launch."""

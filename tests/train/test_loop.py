@@ -17,15 +17,13 @@ from run_cases import (
     checkpoints,
     finish,
     make_arguments,
-    quick_compilation,
     records,
-    restore,
     run_python,
-    saved_arrays,
     start,
     start_signalling,
     wait_for,
 )
+from saved_runs import quick_compilation, restore, saved_arrays
 
 from train import checkpoint, loop
 from train.config import parse
