@@ -53,7 +53,7 @@ def generate(
     key = jax.random.key(seed)
     for _ in range(tokens):
         key, step_key = jax.random.split(key)
-        recent = ids[-window:]
+        recent = ids[-config.data.sequence_length :]
         padded = np.zeros((1, window), np.int32)
         padded[0, : len(recent)] = recent
         new = int(next_token(params, scaling, padded, len(recent) - 1, temperature, step_key))

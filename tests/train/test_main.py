@@ -75,7 +75,7 @@ def large_tokenizer(folder: Path) -> dict[str, object]:
 
 
 BAD_INPUTS = {
-    "unknown key": BadInput(lambda _: {"fp8.recip": "bf16"}, ["--fp8.recip ", "--fp8.recipe"]),
+    "unknown key": BadInput(lambda _: {"fp8.recipi": "bf16"}, ["--fp8.recipi", "--fp8.recipe"]),
     "unknown key in the file": BadInput(config_file, ["hiden-size", "--model.hidden-size"]),
     "no config file": BadInput(lambda _: {"config": "no.toml"}, ["--config", "no.toml"]),
     "wrong type": BadInput(lambda _: {"run.steps": "many"}, ["--run.steps", "many"]),
@@ -98,7 +98,7 @@ BAD_INPUTS = {
         ["--data.sequence-length=1048576 is longer than the training data"],
     ),
     "token id": BadInput(token_shards, ["000.bin", "999"]),
-    "broken JSONL": BadInput(broken_jsonl, ["a.jsonl", "line 2"]),
+    "broken JSONL": BadInput(broken_jsonl, ["a.jsonl:2: not a line of JSON"]),
     "no text column": BadInput(parquet_without_text, ["a.parquet", "text", "body"]),
     "tokenizer larger than the vocabulary": BadInput(
         large_tokenizer, ["ids up to 399", "--model.vocab-size=320", "--model.vocab-size 448"]
@@ -112,7 +112,7 @@ BAD_INPUTS = {
     "mesh": BadInput(
         lambda _: {"mesh.data": 3}, ["--mesh.data=3", "does not make 1 devices"], True
     ),
-    "mesh and batch": BadInput(
+    "cuDNN on a CPU": BadInput(
         lambda _: {"model.attention-implementation": "cudnn"},
         ["--model.attention-implementation=cudnn", "Hopper"],
         True,
@@ -173,8 +173,7 @@ def assert_one_message(answer: dict, words: list[str]) -> None:
     for word in words:
         assert word in message
     assert "Traceback" not in answer["err"]
-    assert "Error" not in answer["err"].replace("JAXError", "")
-    assert not answer["out"].replace("data: ", "").startswith("step")
+    assert answer["err"].count("error: ") <= 1
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
@@ -183,58 +182,64 @@ def test_bad_input(case, bad_answers):
     assert bad_answers[case]["device"] is BAD_INPUTS[case].needs_device
 
 
-@pytest.fixture
-def used(finished_run, tmp_path):
-    """A copy of the finished run, and its command line with other options."""
-    directory = shutil.copytree(finished_run.directory, tmp_path / "run")
-    return directory, lambda **options: finished_run.arguments(directory, **options)
+@pytest.fixture(scope="module")
+def resumed(finished_run, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+    """Copies of the finished run that were started again with something amiss."""
+    folder = tmp_path_factory.mktemp("resumed")
+    cases = ("config", "in use", "model", "tokenizer")
+    directory = {case: shutil.copytree(finished_run.directory, folder / case) for case in cases}
+    other = {"run.seed": 1, "optimizer.learning-rate": 0.5, "log.every": 7}
+    text = shutil.copytree(finished_run.text, folder / "other" / "text")
+    write(text / "more.txt", "quite different words: zebra, quartz, fjord " * 100)
+    commands = {
+        "config": finished_run.arguments(directory["config"], **other),
+        "in use": finished_run.arguments(directory["in use"]),
+        "model": finished_run.arguments(directory["model"], **{"model.ffn-size": 96}),
+        "tokenizer": make_arguments(directory["tokenizer"], text),
+    }
+    # The recorded configs agree, as if someone had put them in by hand.
+    replace_in(directory["model"] / "config.toml", "ffn_size = 64", "ffn_size = 96")
+    replace_in(directory["tokenizer"] / "config.toml", str(finished_run.text), str(text))
+    with RunDirectory.open(parse(commands["in use"]), report=lambda _: None):
+        given = answers(commands)
+    return {case: (directory[case], given[case]) for case in cases}
 
 
-def test_resuming_with_another_config_lists_the_fields(used):
-    directory, arguments = used
-    before = (directory / "config.toml").read_bytes()
-    options = {"run.seed": 1, "optimizer.learning-rate": 0.5, "log.every": 7}
-    answer = answers({"resume": arguments(**options)})["resume"]
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_resuming_with_another_config_lists_the_fields(resumed, finished_run):
+    directory, answer = resumed["config"]
     words = ["--run.seed: was 0, now 1", "--optimizer.learning-rate: was 0.002, now 0.5"]
     assert_one_message(answer, words)
-    assert "log" not in answer["err"]
+    assert "--log" not in answer["err"]
     assert not answer["device"]
-    assert (directory / "config.toml").read_bytes() == before
+    config = (finished_run.directory / "config.toml").read_bytes()
+    assert (directory / "config.toml").read_bytes() == config
 
 
-def test_directory_in_use(used):
-    directory, arguments = used
-    with RunDirectory.open(parse(arguments()), report=lambda _: None):
-        answer = answers({"second": arguments()})["second"]
+def test_directory_in_use(resumed):
+    directory, answer = resumed["in use"]
     assert_one_message(answer, [f"--run.directory={directory} is in use by process "])
     assert not answer["device"]
 
 
-def test_checkpoint_of_another_model_or_tokenizer(used, finished_run, tmp_path):
-    """The config says nothing of it: it was put in by hand."""
-    directory, arguments = used
-    config, text = directory / "config.toml", tmp_path / "other" / "text"
-    shutil.copytree(finished_run.text, text)
-    write(text / "more.txt", "quite different words: zebra, quartz, fjord " * 100)
-    other = shutil.copytree(directory, tmp_path / "other_run")
-    config.write_text(config.read_text().replace("ffn_size = 64", "ffn_size = 96"))
-    other_config = other / "config.toml"
-    edited = other_config.read_text().replace(str(finished_run.text), str(text))
-    other_config.write_text(edited)
-    tokens = (other / "tokenizer.json").read_bytes()
-    result = answers(
-        {
-            "model": arguments(**{"model.ffn-size": 96}),
-            "tokenizer": make_arguments(other, text),
-        }
-    )
+def test_checkpoint_of_another_model(resumed):
     words = [
         "checkpoint 60 is of another architecture",
         "params.blocks.ffn.down.kernel: checkpoint float32[1, 64, 32], this run float32[1, 96, 32]",
     ]
-    assert_one_message(result["model"], words)
-    assert_one_message(result["tokenizer"], ["checkpoint 60 was trained with", "tokenizer_hash"])
-    assert (other / "tokenizer.json").read_bytes() == tokens
+    assert_one_message(resumed["model"][1], words)
+
+
+def test_checkpoint_of_another_tokenizer_keeps_its_own(resumed, finished_run):
+    directory, answer = resumed["tokenizer"]
+    assert_one_message(answer, ["checkpoint 60 was trained with", "tokenizer_hash"])
+    tokenizer = (finished_run.directory / "tokenizer.json").read_bytes()
+    assert (directory / "tokenizer.json").read_bytes() == tokenizer
 
 
 @pytest.mark.parametrize("where", ["train.data.cache:_publish", "train.loop:compile_steps"])
