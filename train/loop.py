@@ -74,7 +74,7 @@ def _join_processes(config: MeshConfig) -> tuple[int, int]:
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--mesh.distributed=True: the processes of this job were not found ({error}); start"
-            " it under SLURM, Open MPI or Kubernetes, or set JAX_COORDINATOR_ADDRESS"
+            " it under SLURM, Open MPI or Kubernetes"
         ) from error
     return jax.process_index(), jax.process_count()
 
@@ -162,7 +162,7 @@ class _Run:
         self.say("compiling the step")
         self.steps = compile_steps(self.config, self.optimizer, self.mesh)
         report = startup.gemm_report(self.steps)
-        startup.check_fp8_share(self.config, report)
+        startup.check_fp8_share(self.config, self.steps, report)
         self.fp8_line = startup.describe_gemms(self.config, report)
         for line in (self.fp8_line, *startup.describe_memory(self.steps)):
             self.say(line)

@@ -77,11 +77,13 @@ def attention_choice(config: TrainConfig) -> str:
 
 def gemm_report(steps: CompiledSteps) -> diagnostics.DotReport:
     """The block GEMMs of the train step: as compiled on a GPU, as asked for elsewhere."""
-    if jax.default_backend() == "gpu":
-        report = diagnostics.fp8_dot_count(steps.train)
-    else:
-        report = diagnostics.lowered_dot_count(steps.train_lowered)
-    return report.matching(_BLOCK_GEMMS)
+    if jax.default_backend() != "gpu":
+        return _gemms_asked_for(steps)
+    return diagnostics.fp8_dot_count(steps.train).matching(_BLOCK_GEMMS)
+
+
+def _gemms_asked_for(steps: CompiledSteps) -> diagnostics.DotReport:
+    return diagnostics.lowered_dot_count(steps.train_lowered).matching(_BLOCK_GEMMS)
 
 
 def describe_gemms(config: TrainConfig, report: diagnostics.DotReport) -> str:
@@ -94,15 +96,26 @@ def describe_gemms(config: TrainConfig, report: diagnostics.DotReport) -> str:
     )
 
 
-def check_fp8_share(config: TrainConfig, report: diagnostics.DotReport) -> None:
-    """Raises ConfigError if a GPU would run fewer block GEMMs in FP8 than the config demands."""
-    if config.fp8.recipe == "bf16" or jax.default_backend() != "gpu" or config.fp8.skip_layers:
+def check_fp8_share(
+    config: TrainConfig, steps: CompiledSteps, report: diagnostics.DotReport
+) -> None:
+    """Raises ConfigError if a GPU would run fewer block GEMMs in FP8 than the config demands.
+
+    Args:
+      config: `fp8.minimum_fraction` is of the FLOPs that `fp8.skip_layers` leaves to FP8.
+      steps: the compiled programs.
+      report: from `gemm_report`.
+    """
+    fp8 = config.fp8
+    if fp8.recipe == "bf16" or jax.default_backend() != "gpu":
         return
-    if report.fp8_flop_fraction < config.fp8.minimum_fraction:
+    asked_for = _gemms_asked_for(steps).fp8_flop_fraction if fp8.skip_layers else 1.0
+    if report.fp8_flop_fraction < fp8.minimum_fraction * asked_for:
+        others = ", ".join(sorted({gemm.op_name for gemm in report.gemms if not gemm.is_fp8}))
         raise ConfigError(
             f"only {report.fp8_flop_fraction:.1%} of the block GEMM FLOPs were compiled to FP8,"
-            f" less than --fp8.minimum-fraction={config.fp8.minimum_fraction}; not in FP8:"
-            f" {', '.join(sorted({dot.op_name for dot in report.gemms if not dot.is_fp8}))[:400]}"
+            f" less than --fp8.minimum-fraction={fp8.minimum_fraction} of the {asked_for:.1%} that"
+            f" were asked for; not in FP8: {others[:400]}"
         )
 
 
