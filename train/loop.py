@@ -251,7 +251,8 @@ class _Run:
             if health is not None:
                 row |= health_metrics(self.health_names, health)
             self.writer.train_step(step, row, step_time_s=step_time)
-        if skips >= self.config.optimizer.max_consecutive_skips:
+        # A run shorter than that must not end well without a single good step.
+        if skips >= min(self.config.optimizer.max_consecutive_skips, self.config.run.steps):
             raise TrainingError(
                 f"{skips} steps in a row had a non-finite loss or gradient (the last: step {step},"
                 f" loss {loss}, grad norm {grad_norm}); they changed nothing, and the same command"

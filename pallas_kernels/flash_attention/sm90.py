@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention import sm90_fwd_bf16, tuning
+from pallas_kernels.flash_attention import sm90_fwd_bf16, sm90_fwd_plan, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.mosaic import GMEM_ROWS
 
@@ -104,7 +104,7 @@ def forward(
     Returns:
       Output `[B, T, N, H]`, and log-sum-exp `[B, N, T rounded up]`, float32.
     """
-    plan = sm90_fwd_bf16.Plan(
+    plan = sm90_fwd_plan.Plan(
         spec=spec,
         config=config or tuning.forward_config(spec),
         sm_count=_sm_count(),
@@ -131,7 +131,7 @@ def _sm_count() -> int:
 
 
 def _segment_operands(
-    plan: sm90_fwd_bf16.Plan, q_segment_ids: Array, kv_segment_ids: Array
+    plan: sm90_fwd_plan.Plan, q_segment_ids: Array, kv_segment_ids: Array
 ) -> tuple[Array, Array, Array]:
     """Pads the ids to whole tiles and works out which blocks each tile needs."""
 

@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import flash_attention, hardware
-from pallas_kernels.flash_attention import sm90, sm90_fwd_bf16, tuning
+from pallas_kernels.flash_attention import sm90, sm90_fwd_bf16, sm90_fwd_plan, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.flash_attention.masks import make_band
 from pallas_kernels.reference import attention_reference
@@ -171,11 +171,11 @@ def test_block_ranges_find_whole_blocks_and_empty_tiles():
 
 def test_shared_memory_of_the_default_config_by_hand():
     case = Case(name="x", b=1, t=128, s=128, n=1, k=1, h=128)
-    plan = sm90_fwd_bf16.Plan(spec=spec_of(case), config=ForwardConfig(), sm_count=132)
+    plan = sm90_fwd_plan.Plan(spec=spec_of(case), config=ForwardConfig(), sm_count=132)
     tile = 128 * 128 * 2  # 128 rows of 128 bf16
     barriers = 8 * (1 + 2 + 2 + 1 + 2 + 2 + 2)
     # Q, out, 2 stages of K and V; and what Mosaic GPU adds.
-    assert sm90_fwd_bf16.smem_bytes(plan) == 6 * tile + barriers + 2176
+    assert sm90_fwd_plan.smem_bytes(plan) == 6 * tile + barriers + 2176
 
 
 @pytest.mark.parametrize(
