@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import flash_attention, hardware
-from pallas_kernels.flash_attention import sm90, sm90_fwd_bf16, sm90_fwd_plan, tuning
+from pallas_kernels.flash_attention import sm90, sm90_fwd_plan, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.flash_attention.masks import make_band
 from pallas_kernels.reference import attention_reference
