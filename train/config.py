@@ -186,6 +186,8 @@ class DataConfig:
     """Attention and positions stop at document borders inside a packed sequence."""
     shuffle: bool = True
     """Visit the sequences in a seeded random order, a new one each epoch."""
+    order_seed: int = -1
+    """Seed of that order; -1 takes run.seed."""
     cache_directory: str = ".cache/jfp8/tokens"
     """Tokenised text is kept here, keyed by its sources and tokenizer."""
 
@@ -204,6 +206,10 @@ class DataConfig:
         _require(
             self.tokenizer_training_bytes >= 1,
             f"--data.tokenizer-training-bytes={self.tokenizer_training_bytes} must be at least 1",
+        )
+        _require(
+            -1 <= self.order_seed < 2**31,
+            f"--data.order-seed={self.order_seed} must be -1 or in [0, 2**31)",
         )
 
 
@@ -369,6 +375,11 @@ class TrainConfig:
         if self.fp8.recipe != "bf16":
             self._require_fp8_alignment()
 
+    @property
+    def order_seed(self) -> int:
+        """Seed of the data order, with the default filled in."""
+        return self.run.seed if self.data.order_seed < 0 else self.data.order_seed
+
     def _require_fp8_alignment(self) -> None:
         model, head_dim = self.model, self.model.resolved_head_dim
         tokens = (
@@ -396,13 +407,47 @@ class TrainConfig:
 
 
 def flatten(table: dict, prefix: str = "") -> Iterator[str]:
-    """Yields a TOML table as arguments: {"fp8": {"margin": 0}} -> --fp8.margin 0."""
+    """Yields a TOML table as arguments: {"fp8": {"margin": 0}} -> --fp8.margin 0.
+
+    Raises:
+      ConfigError: a text begins with "--".
+    """
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
         else:
+            words = [str(word) for word in (value if isinstance(value, list) else [value])]
+            for word in words:
+                # It would be read as an option of its own.
+                _require(
+                    not word.startswith("--"), f"{prefix}{key} = {word!r} must not begin with --"
+                )
             yield f"--{prefix}{key}".replace("_", "-")
-            yield from map(str, value if isinstance(value, list) else [value])
+            yield from words
+
+
+def _capitalise_booleans(arguments: list[str]) -> list[str]:
+    """Writes true and false, as TOML spells them, the way the parser wants: True and False."""
+    words = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument in ("true", "false") and words and words[-1] in _boolean_options():
+            words.append(argument.capitalize())
+        elif value in ("true", "false") and name in _boolean_options():
+            words.append(name + equals + value.capitalize())
+        else:
+            words.append(argument)
+    return words
+
+
+def _boolean_options() -> set[str]:
+    defaults = TrainConfig()
+    return {
+        f"--{section.name}.{field.name.replace('_', '-')}"
+        for section in dataclasses.fields(defaults)
+        for field in dataclasses.fields(getattr(defaults, section.name))
+        if field.type is bool
+    }
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -421,13 +466,14 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     try:
         file, arguments = _take_config_file(arguments)
         table = tomllib.loads(file.read_text()) if file else {}
+        from_file = list(flatten(table))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as error:
         _exit(f"--config: {error}")
     try:
         config = tyro.cli(
             TrainConfig,
             prog="python -m train.main",
-            args=[*flatten(table), *arguments],
+            args=_capitalise_booleans([*from_file, *arguments]),
             config=(tyro.conf.FlagConversionOff,),
         )
     except ConfigError as error:

@@ -17,7 +17,7 @@ from train.run_directory import atomic_write
 
 SMOOTHING = 0.1
 """A smoothed loss is the mean over this share of the tokens so far, the latest ones."""
-TOLERANCE = 0.005
+TOLERANCE = 0.0025
 """Relative gap to the reference that the lower panel marks."""
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; the reference run is near black.
@@ -66,10 +66,15 @@ class Curve:
         Returns: tokens, float64 [points]; smoothed loss over the reference's, minus 1. Both empty
           if the runs have no point in common.
         """
+        common, mine, theirs = self.smoothed_with(reference)
+        return common, mine / theirs - 1
+
+    def smoothed_with(self, reference: "Curve") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The points that both logged: tokens, own and the reference's smoothed loss, float64."""
         common, own, others = np.intersect1d(self.tokens, reference.tokens, return_indices=True)
         mine = Curve(self.label, common, self.loss[own]).smoothed()
         theirs = Curve(reference.label, common, reference.loss[others]).smoothed()
-        return common, mine / theirs - 1
+        return common, mine, theirs
 
 
 def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Path] = ()) -> None:

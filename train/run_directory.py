@@ -58,6 +58,7 @@ RESUME_RULES: dict[str, tuple[Literal["free", "note"], str]] = {
     "checkpoint.*": ("free", "when the state is saved, not what it is"),
     "log.*": ("free", "what is shown and measured"),
     "mesh.*": ("note", "sums over devices are taken in another order; losses differ by rounding"),
+    "data.path": ("note", "moved data is accepted if its documents are the same"),
     "data.cache_directory": ("free", "a cache, keyed by its contents"),
     "model.attention_implementation": ("note", "another kernel rounds differently"),
     "model.remat": ("note", "the compiler fuses differently; losses may differ by rounding"),
@@ -123,7 +124,7 @@ class RunDirectory:
         self._lock.flush()
         self.is_resumed = _check_resume(self.path, config)
         if self.is_resumed:
-            for line in _compare(self.path / CONFIG_FILE, config):
+            for line in compare_config(self.path / CONFIG_FILE, config):
                 report(line)
         self._write_versions(_versions(), report)
         atomic_write(self.path / CONFIG_FILE, to_toml(config))
@@ -255,15 +256,18 @@ def _check_resume(path: Path, config: TrainConfig) -> bool:
     return is_used
 
 
-def _compare(path: Path, config: TrainConfig) -> list[str]:
-    """Returns notes on allowed changes since the config in `path`; raises for the others."""
+def compare_config(path: Path, config: TrainConfig) -> list[str]:
+    """Returns notes on allowed changes since the config in file `path`.
+
+    Raises:
+      ConfigError: listing the changes that `RESUME_RULES` does not allow.
+    """
     try:
         earlier = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}, the config of the earlier start, cannot be read ({error}); put it right, or"
-            f" choose another"
-            " --run.directory"
+            " choose another --run.directory"
         ) from error
     refused, notes = [], []
     for name, old, new in _differences(earlier, config):

@@ -64,6 +64,23 @@ def test_flatten_nested_tables_and_lists():
     ]
 
 
+@pytest.mark.parametrize("value", ["false", "False"])
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"])
+def test_booleans_in_both_spellings(form, value):
+    config = parse(form.format("--data.document-mask", value).split())
+    assert config.data.document_mask is False
+    # A text of that spelling stays as it is.
+    assert parse(["--run.name", "true"]).run.name == "true"
+
+
+def test_text_in_a_file_cannot_become_an_option(tmp_path, capsys):
+    file = tmp_path / "x.toml"
+    file.write_text('[data]\npath = ["a", "--run.steps", "7"]\n')
+    with pytest.raises(SystemExit):
+        parse(["--config", str(file)])
+    assert "data.path = '--run.steps' must not begin with --" in capsys.readouterr().err
+
+
 def test_resolved_config_survives_the_round_trip(tmp_path):
     config = parse(
         ["--fp8.margin", "-2", "--data.path", 'a "b"\\c', "d", "--fp8.skip-layers", "*.down"]

@@ -158,7 +158,7 @@ class Dataset:
             # grain shuffles epoch e with seed + e. Neighbouring seeds would share their epochs'
             # orders, so the seed is spread over 32 bits first.
             order = order.shuffle(
-                seed=int(np.random.SeedSequence(self._config.run.seed).generate_state(1)[0])
+                seed=int(np.random.SeedSequence(self._config.order_seed).generate_state(1)[0])
             )
         batches = order.repeat().batch(data.batch_size, drop_remainder=True)
         return batches.map(lambda numbers: self._pack(self._cache.train, numbers))
@@ -166,7 +166,7 @@ class Dataset:
     def _identity(self) -> dict[str, int | bool | str]:
         """What the order of the batches depends on."""
         return {
-            "run.seed": self._config.run.seed,
+            "data.order_seed": self._config.order_seed,
             "data.shuffle": self._config.data.shuffle,
             "data.batch_size": self._config.data.batch_size,
             "data.sequence_length": self._config.data.sequence_length,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_resume_with_another_number_of_processes(build, numbered):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, r"run\.seed was 0, is 1"),
+        ({"seed": 1}, r"data\.order_seed was 0, is 1"),
         ({"batch_size": 4}, r"data\.batch_size was 2, is 4"),
         ({"sequence_length": 5}, r"data\.sequence_length was 4, is 5"),
         ({"shuffle": False}, r"data\.shuffle was True, is False"),
@@ -193,6 +194,22 @@ def test_rejects_the_state_of_another_order(build, numbered, change, message):
     state = build(numbered).train_iterator().get_state()
     with pytest.raises(DataError, match=message):
         build(numbered, **change).train_iterator().set_state(state)
+
+
+def test_accepts_the_state_of_the_same_data_in_another_folder(build, numbered, tmp_path):
+    iterator = build(numbered).train_iterator()
+    next(iterator)
+    moved = build(shutil.copytree(numbered, tmp_path / "moved")).train_iterator()
+    moved.set_state(iterator.get_state())
+    np.testing.assert_array_equal(next(moved)["tokens"], next(iterator)["tokens"])
+
+
+def test_order_seed_is_the_run_seed_unless_given(build, numbered):
+    own, run = (build(numbered, **c).train_iterator() for c in ({"order_seed": 3}, {"seed": 3}))
+    other = build(numbered).train_iterator()
+    first = [next(iterator)["tokens"] for iterator in (own, run, other)]
+    np.testing.assert_array_equal(first[0], first[1])
+    assert (first[0] != first[2]).any()
 
 
 @pytest.mark.parametrize(
