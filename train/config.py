@@ -9,11 +9,13 @@ import dataclasses
 import math
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import tyro
+
+from train.toml_text import flatten
 
 FP8_ALIGNMENT = 16  # cuBLASLt and wgmma take 8-bit operands in units of 16 bytes.
 
@@ -406,26 +408,6 @@ class TrainConfig:
             )
 
 
-def flatten(table: dict, prefix: str = "") -> Iterator[str]:
-    """Yields a TOML table as arguments: {"fp8": {"margin": 0}} -> --fp8.margin 0.
-
-    Raises:
-      ConfigError: a text begins with "--".
-    """
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            words = [str(word) for word in (value if isinstance(value, list) else [value])]
-            for word in words:
-                # It would be read as an option of its own.
-                _require(
-                    not word.startswith("--"), f"{prefix}{key} = {word!r} must not begin with --"
-                )
-            yield f"--{prefix}{key}".replace("_", "-")
-            yield from words
-
-
 def _capitalise_booleans(arguments: list[str]) -> list[str]:
     """Writes true and false, as TOML spells them, the way the parser wants: True and False."""
     words = []
@@ -467,7 +449,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         file, arguments = _take_config_file(arguments)
         table = tomllib.loads(file.read_text()) if file else {}
         from_file = list(flatten(table))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ConfigError) as error:
+    except (OSError, ValueError) as error:
         _exit(f"--config: {error}")
     try:
         config = tyro.cli(
@@ -499,31 +481,3 @@ def _take_config_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
         if argument.startswith("--config="):
             return Path(argument.removeprefix("--config=")), arguments[:i] + arguments[i + 1 :]
     return None, arguments
-
-
-def to_toml(config: TrainConfig) -> str:
-    """The whole config as TOML text that `parse` reads back to an equal config."""
-    lines = []
-    for section in dataclasses.fields(config):
-        lines.append(f"[{section.name}]")
-        values = getattr(config, section.name)
-        for field in dataclasses.fields(values):
-            lines.append(f"{field.name} = {_toml_value(getattr(values, field.name))}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = (
-            value.replace("\\", "\\\\")
-            .replace('"', '\\"')
-            .replace("\n", "\\n")
-            .replace("\t", "\\t")
-        )
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return repr(value)

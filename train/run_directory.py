@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Self
 
-from train.config import ConfigError, TrainConfig, to_toml
+from train.config import ConfigError, TrainConfig
+from train.toml_text import to_toml
 
 CONFIG_FILE = "config.toml"
 VERSIONS_FILE = "versions.json"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train.config import TrainConfig, flatten, parse, to_toml
+from train.config import TrainConfig, parse
+from train.toml_text import flatten, to_toml
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 

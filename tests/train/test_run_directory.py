@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from train.config import ConfigError, TrainConfig, to_toml
+from train.config import ConfigError, TrainConfig
 from train.run_directory import RESUME_RULES, RunDirectory, atomic_write
+from train.toml_text import to_toml
 
 
 def config(directory: Path, **changes: object) -> TrainConfig:
