@@ -16,6 +16,7 @@ from train import startup
 from train.checkpoint import Checkpointer, CheckpointSaveError
 from train.config import ConfigError, MeshConfig, TrainConfig
 from train.data import Dataset, build_dataset
+from train.environment import keep_compiled_programs
 from train.generate import encode_prompt, generate
 from train.interrupt import Interrupt
 from train.mesh import batch_sharding, check_divisibility, make_mesh, replicated
@@ -59,6 +60,7 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
         mesh = make_mesh(config.mesh)
         check_divisibility(config, mesh)
         startup.check_device_support(config)
+        keep_compiled_programs(run.path / "compiled")
         run.set_device(jax.devices()[0].device_kind, mesh.size)
         return _Run(config, run, dataset, optimizer, mesh, say).execute(interrupt)
 

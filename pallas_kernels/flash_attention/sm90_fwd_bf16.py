@@ -322,12 +322,13 @@ def _mask(loop: _Loop, j: Array, s: Array) -> Array:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
         # Columns of this block that the query of each row sees.
         query = row + (loop.first_query - first_key)
-        last = _row_constant(spec.key_length - 1 - first_key, jnp.int32)
-        if spec.band.right is not None:
-            last = jnp.minimum(last, query + spec.band.right)
-        first = _row_constant(0, jnp.int32)
-        if spec.band.left is not None:
-            first = query - spec.band.left
+        last_key = _row_constant(spec.key_length - 1 - first_key, jnp.int32)
+        # A side without a bound gets one that no key reaches: bounds that do not depend on `row`
+        # leave Mosaic GPU's layout inference without an anchor, and it gives up after minutes.
+        right = spec.key_length if spec.band.right is None else spec.band.right
+        left = plan.padded_query_length if spec.band.left is None else spec.band.left
+        last = jnp.minimum(last_key, query + right)
+        first = query - left
         seen = keep_columns(s, first, last, interpret=plan.interpret)
         if loop.q_ids is None:
             return seen

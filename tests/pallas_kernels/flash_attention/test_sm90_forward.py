@@ -92,6 +92,8 @@ BENCHMARK = [
     Case(name="head_dim_64", b=2, t=8192, s=8192, n=32, k=32, h=64, is_causal=True),
     Case(name="head_dim_256", b=2, t=8192, s=8192, n=8, k=8, h=256, is_causal=True),
     Case(name="odd_lengths", b=1, t=1234, s=4321, n=6, k=3, h=128, is_causal=True),
+    Case(name="cross", b=1, t=300, s=1000, n=4, k=2, h=128),
+    Case(name="packed_full", b=2, t=1024, s=1024, n=4, k=2, h=64, segments="packed"),
 ]
 
 
@@ -139,6 +141,8 @@ def compile_cases():
             name=f"{head_dim}_{mask}", b=2, t=4096, s=4096, h=head_dim, is_causal=mask == "causal"
         )
     yield Case(name="packed", b=2, t=4096, s=4096, h=128, is_causal=True, segments="packed")
+    yield Case(name="packed_full", b=2, t=1024, s=1024, h=64, segments="packed")
+    yield Case(name="cross_ragged", b=1, t=300, s=1000, h=128)
     yield Case(name="window", b=2, t=4001, s=4001, h=128, window=(512, 100))
 
 
