@@ -1,9 +1,19 @@
 """Attention and FP8 kernels for NVIDIA Hopper: arrays in, arrays out; no Flax, no state.
 
-`flash_attention` here is the function; its implementations live in the folder of the same name, so
-import those with `from pallas_kernels.flash_attention import ...`.
+`flash_attention` and `quantize` here are the functions; their implementations live in the folders
+of the same names, so import those with `from pallas_kernels.flash_attention import ...`.
 """
 
 from pallas_kernels.flash_attention.api import flash_attention, flash_attention_choice
+from pallas_kernels.fused.swiglu import swiglu_grad_quantize, swiglu_quantize
+from pallas_kernels.quantize.api import quantize
+from pallas_kernels.quantize.contract import Quantized
 
-__all__ = ["flash_attention", "flash_attention_choice"]
+__all__ = [
+    "Quantized",
+    "flash_attention",
+    "flash_attention_choice",
+    "quantize",
+    "swiglu_grad_quantize",
+    "swiglu_quantize",
+]

@@ -1,0 +1,146 @@
+"""SwiGLU's activation and its gradient, quantised as they are computed (arXiv:2002.05202).
+
+  forward    h = silu(gate) up                     -> 8-bit h and h^T
+  backward   dgate = dh up s (1 + gate (1 - s)),
+             dup = dh gate s,   s = sigmoid(gate)  -> 8-bit d(gate_up) and its transpose
+
+in float32. Gate and up are the two halves of one matrix, in which groups of columns alternate.
+"""
+
+# Shapes: M rows, F hidden columns, g columns of a group.
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.fused import sm90_swiglu
+from pallas_kernels.quantize.contract import (
+    Implementation,
+    Layouts,
+    Quantized,
+    check_matrix,
+    check_options,
+    quantize_xla,
+    uses_mosaic,
+)
+
+SUPPORTED_DTYPES = ("bfloat16", "float16")
+_XLA_DTYPES = (*SUPPORTED_DTYPES, "float32")
+
+
+def swiglu_quantize(
+    gate_up: Array,
+    scale: Array,
+    *,
+    group: int = 128,
+    dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+    layouts: Layouts = "both",
+    implementation: Implementation | None = None,
+) -> Quantized:
+    """Computes silu(gate) * up and casts it to 8 bits, in one pass over memory.
+
+    Args:
+      gate_up: `[M, 2 F]`, bfloat16 or float16 (float32 too with "xla"), as `[M, F / g, 2, g]`:
+        groups of columns of gate, then of up.
+      scale: float32 `()`, a power of two, of the result.
+      group: g.
+      dtype: float8_e4m3fn or float8_e5m2.
+      layouts: as in `pallas_kernels.quantize`.
+      implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, g = 128, and M a
+        multiple of 128 (16 with layouts="rows"); one device's array, as in
+        `pallas_kernels.quantize`.
+
+    Returns: `[M, F]` in 8 bits, its transpose and its amax. Implementations differ by the rounding
+      of float32.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, dtype or value.
+      NotImplementedError: if `implementation` cannot run this call on this device; says why.
+    """
+    _check(gate_up, group, scale=scale, dtype=dtype, layouts=layouts)
+    reason = plan = None
+    if implementation == "mosaic":
+        plan = sm90_swiglu.forward_plan(gate_up, dtype=dtype, layouts=layouts)
+        reason = sm90_swiglu.unsupported_reason(plan, gate_up, group)
+    if uses_mosaic(implementation, reason):
+        assert plan is not None
+        return sm90_swiglu.forward(gate_up, scale, plan)
+    gate, up = _split(gate_up, group)
+    hidden = (gate * jax.nn.sigmoid(gate) * up).reshape(gate_up.shape[0], -1)
+    return quantize_xla(hidden, scale, dtype=dtype, layouts=layouts)
+
+
+def swiglu_grad_quantize(
+    gate_up: Array,
+    grad: Array,
+    scale: Array,
+    *,
+    group: int = 128,
+    dtype: jax.typing.DTypeLike = jnp.float8_e5m2,
+    layouts: Layouts = "both",
+    plain: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Quantized, Array | None]:
+    """Computes the gradient of silu(gate) * up and casts it to 8 bits, in one pass over memory.
+
+    Args:
+      gate_up: as in `swiglu_quantize`.
+      grad: `[M, F]`, the gradient of the activation; dtype of gate_up.
+      scale: float32 `()`, a power of two, of the result.
+      group: as in `swiglu_quantize`.
+      dtype: float8_e4m3fn or float8_e5m2.
+      layouts: as in `pallas_kernels.quantize`.
+      plain: return the unquantised gradient too.
+      implementation: as in `swiglu_quantize`.
+
+    Returns: the gradient of gate_up, `[M, 2 F]`, in 8 bits, its transpose and its amax; and the
+      gradient in the dtype of gate_up, or None.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, dtype or value.
+      NotImplementedError: if `implementation` cannot run this call on this device; says why.
+    """
+    _check(gate_up, group, scale=scale, dtype=dtype, layouts=layouts)
+    check_matrix("grad", grad, (gate_up.dtype.name,))
+    if (grad.shape[0], 2 * grad.shape[1]) != gate_up.shape:
+        raise ValueError(
+            f"grad.shape={grad.shape} must be the rows of gate_up.shape={gate_up.shape} and half"
+            " its columns"
+        )
+    reason = plan = None
+    if implementation == "mosaic":
+        plan = sm90_swiglu.backward_plan(gate_up, dtype=dtype, layouts=layouts, plain=plain)
+        reason = sm90_swiglu.unsupported_reason(plan, gate_up, group)
+    if uses_mosaic(implementation, reason):
+        assert plan is not None
+        return sm90_swiglu.backward(gate_up, grad, scale, plan)
+    # Without the barrier XLA would find the forward pass's sigmoid here, and keep it in memory.
+    gate_up, grad = lax.optimization_barrier((gate_up, grad))
+    gate, up = _split(gate_up, group)
+    grad = grad.reshape(gate.shape).astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    dgate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    # The same sigmoid, written so that XLA does not store it for both halves to read.
+    dup = grad * gate * (0.5 + 0.5 * jnp.tanh(0.5 * gate))
+    result = jnp.concatenate([dgate, dup], axis=-2).reshape(gate_up.shape)
+    quantized = quantize_xla(result, scale, dtype=dtype, layouts=layouts)
+    return quantized, result.astype(gate_up.dtype) if plain else None
+
+
+def _split(gate_up: Array, group: int) -> list[Array]:
+    """Gate and up, float32 `[M, F / g, 1, g]`."""
+    pairs = gate_up.reshape(gate_up.shape[0], -1, 2, group)
+    return [x.astype(jnp.float32) for x in jnp.split(pairs, 2, axis=-2)]
+
+
+def _check(gate_up: Array, group: int, **options: Any) -> None:
+    """Raises ValueError unless gate_up and the options are what both functions take."""
+    check_matrix("gate_up", gate_up, _XLA_DTYPES)
+    check_options(**options)
+    if group < 1 or gate_up.shape[1] % (2 * group):
+        raise ValueError(
+            f"gate_up.shape[1]={gate_up.shape[1]} must be a multiple of 2 * group={2 * group}:"
+            " groups of gate and up columns alternate"
+        )

@@ -1,0 +1,486 @@
+"""The tile loop of the 8-bit kernels for sm_90a: quantise, transpose and amax in one pass.
+
+For each tile of 128 rows x C columns, with values v = f(inputs) in float32:
+  q = round8(v / scale),   q_t = q^T,   amax = max |v|,   and optionally v itself in 16 bits.
+
+No element crosses registers. TMA reads x [M, K] as [M / 2, 2, K] and so lands the even and the odd
+rows of a tile in two buffers E and O of [64, C]. Both are read in the layout of a wgmma
+accumulator: a thread holds rows 2i and 2i + 1 of the same columns. q leaves through a buffer for E
+and one for O. For q_t the pair (q[2i, c], q[2i + 1, c]) is one 16-bit unit, and the [64, C] units
+are stored transposed by stmatrix: byte 2i + a of row c is row 2i + a of the tile, as q_t wants it.
+
+Every warpgroup of a persistent CTA walks through tiles of its own:
+
+  step                                        ordered by
+  load inputs of a tile into its stage        TMA -> `full` (one barrier per warpgroup and stage)
+  registers <- stage; compute; amax           `full`
+  staging buffers <- registers                the TMA store of the slot's last tile has read them
+  TMA stores; load of tile i + stages         commit_smem: a fence and a barrier of the warpgroup
+  after the last tile: amax of the CTA        `reduced`: one arrival per warpgroup
+
+Rows and columns beyond the arrays are read as zero and not written (TMA clips).
+
+Not supported: M not a multiple of 128 (Mosaic GPU tiles q_t so; 16 if q_t is not written), K not a
+multiple of `tile_columns`.
+"""
+
+# Shapes: M rows, K columns, C columns of a tile, W warpgroups, S stages, P programs (CTAs).
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+
+from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
+from pallas_kernels.mosaic import (
+    GMEM_ROWS,
+    MATRIX,
+    PER_ROW,
+    ROWS,
+    SMEM_ALIGNMENT,
+    SMEM_OVERHEAD,
+    tile_transforms,
+)
+from pallas_kernels.quantize.contract import Layouts
+
+TILE_ROWS = 2 * ROWS
+"""Rows of a tile: even and odd ones, a wgmma's worth of each."""
+PAIR_GROUP = 128
+"""Gate and up columns alternate in groups of this many."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TileConfig:
+    """How a kernel cuts its work; changes no bit of the result."""
+
+    tile_columns: int = 128
+    """Columns of a tile."""
+    warpgroups: int = 2
+    """Warpgroups of a CTA, each with its own tiles and buffers."""
+    ctas_per_sm: int = 1
+    """CTAs that share a multiprocessor."""
+    stages: int = 1
+    """Tiles of input in flight per warpgroup."""
+    out_slots: int = 1
+    """Tiles of output in flight per warpgroup."""
+
+    def __post_init__(self) -> None:
+        if self.tile_columns not in (64, 128):
+            raise ValueError(
+                f"{self.tile_columns=} must be 64 or 128, the widths of 8-bit swizzles"
+            )
+        for name in ("warpgroups", "ctas_per_sm", "stages", "out_slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TileConfig.{name}={getattr(self, name)} must be at least 1")
+
+
+class Slab(NamedTuple):
+    """Which columns of an array a tile stands for."""
+
+    array: int = 0
+    """Index among the arrays."""
+    half: int | None = None
+    """None: the tile's own columns. 0 or 1: those of gate or up in an array of twice the width, in
+    which groups of `PAIR_GROUP` columns of each alternate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TilePlan:
+    """Shapes, types and semantics of one kernel."""
+
+    name: str
+    """Of the kernel, in profiles."""
+    rows: int
+    """M."""
+    columns: int
+    """K, the width of what is computed."""
+    inputs: tuple[Slab, ...]
+    """Where the arguments of the computation are."""
+    input_dtype: Any
+    """Of all arrays."""
+    halves: tuple[int | None, ...] = (None,)
+    """Where its results go: `Slab.half` of each."""
+    dtype: Any
+    """8-bit type of q and q_t."""
+    layouts: Layouts = "both"
+    """Which of q ("rows") and q_t ("columns") are written."""
+    plain_dtype: Any = None
+    """Type of the unquantised result, or None if it is not written."""
+    config: TileConfig
+    """How the work is cut."""
+    sm_count: int = 132
+    """Multiprocessors."""
+    interpret: bool = False
+    """Run in the CPU interpreter."""
+
+    @property
+    def programs(self) -> int:
+        """P: persistent CTAs, no more than there are tiles."""
+        tiles = -(-self.num_tiles // self.config.warpgroups)
+        return min(self.sm_count * self.config.ctas_per_sm, tiles)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of 128 rows and C columns."""
+        return -(-self.rows // TILE_ROWS) * (self.columns // self.config.tile_columns)
+
+    @property
+    def row_multiple(self) -> int:
+        """M must be a multiple of it: global arrays are made of whole tiles of shared memory."""
+        return TILE_ROWS if self.layouts in ("both", "columns") else 2 * GMEM_ROWS
+
+    @property
+    def outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the kernel writes; arrays of rows as [M / 2, 2, columns]."""
+        width = self.columns * len(self.halves)
+        struct = jax.ShapeDtypeStruct
+        types = {"amax": struct((self.programs,), jnp.float32)}
+        if self.layouts in ("both", "rows"):
+            types["q"] = struct((self.rows // 2, 2, width), self.dtype)
+        if self.layouts in ("both", "columns"):
+            types["q_t"] = struct((width, self.rows), self.dtype)
+        if self.plain_dtype is not None:
+            types["plain"] = struct((self.rows // 2, 2, width), self.plain_dtype)
+        return types
+
+
+def scratch_types(plan: TilePlan) -> dict[str, Any]:
+    """The shared-memory plan: the single source of the allocation and of `smem_bytes`."""
+    config, columns = plan.config, plan.config.tile_columns
+    wgs, stages, slots = config.warpgroups, config.stages, config.out_slots
+    count = len(plan.halves)
+    width = jnp.dtype(plan.input_dtype).itemsize
+
+    def rows_buffer(*leading: int, dtype: Any) -> Any:
+        itemsize = jnp.dtype(dtype).itemsize
+        transforms = tile_transforms(itemsize)
+        if itemsize == 1:
+            transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns))
+        return plgpu.SMEM((*leading, 2, ROWS, columns), dtype, transforms=transforms)
+
+    types = {
+        "x": rows_buffer(len(plan.inputs), wgs, stages, dtype=plan.input_dtype),
+        "full": plgpu.Barrier(num_arrivals=2 * len(plan.inputs), num_barriers=wgs * stages),
+        "row_max": plgpu.SMEM((wgs, ROWS), jnp.float32),
+        "reduced": plgpu.Barrier(num_arrivals=wgs),
+    }
+    if "q" in plan.outputs:
+        types["q"] = rows_buffer(count, wgs, slots, dtype=plan.dtype)
+    if "plain" in plan.outputs:
+        types["plain"] = rows_buffer(count, wgs, slots, dtype=plan.plain_dtype)
+    if "q_t" in plan.outputs:
+        types["q_t"] = _transposed_buffer(plan, (count, wgs, slots))
+    assert width in (2, 4), f"{plan.input_dtype=} has no kernel"
+    return types
+
+
+def _transposed_buffer(plan: TilePlan, leading: tuple[int, ...]) -> Any:
+    """[C, 128] bytes, and the same bytes as [C, 64] units of 16 bits."""
+    columns = plan.config.tile_columns
+    as_bytes = plgpu.SMEM((*leading, columns, TILE_ROWS), plan.dtype, transforms=tile_transforms(1))
+    if plan.interpret:
+        return as_bytes
+    as_units = plgpu.SMEM((*leading, columns, ROWS), jnp.bfloat16, transforms=tile_transforms(2))
+    return plgpu.RefUnion((as_units,), (as_bytes,))
+
+
+def smem_bytes(plan: TilePlan) -> int:
+    """Shared memory of one CTA, barriers included."""
+    buffers = barriers = 0
+    for entry in scratch_types(dataclasses.replace(plan, interpret=True)).values():
+        if isinstance(entry, plgpu.Barrier):
+            barriers += 8 * int(np.prod(entry.num_barriers))
+        else:
+            size = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
+            buffers += -(-size // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+    return buffers + barriers + SMEM_OVERHEAD
+
+
+def unsupported_reason(plan: TilePlan) -> str | None:
+    """Why the kernel cannot run this shape or config; None if it can."""
+    columns = plan.config.tile_columns
+    smem = smem_bytes(plan) * plan.config.ctas_per_sm
+    # Offsets in TMA descriptors and Mosaic's indices are int32.
+    widest = max(len(plan.halves), 1 + max(slab.half is not None for slab in plan.inputs))
+    rules = (
+        (
+            plan.rows % plan.row_multiple == 0,
+            f"the {plan.rows} rows must be a multiple of {plan.row_multiple}; pad them",
+        ),
+        (
+            plan.columns % columns == 0,
+            f"the {plan.columns} columns must be a multiple of {columns}; pad them",
+        ),
+        (
+            plan.rows * plan.columns * widest < 2**31,
+            f"{plan.rows} x {plan.columns * widest} elements do not fit int32; split the rows",
+        ),
+        (
+            smem <= SM90_SMEM_BYTES_PER_BLOCK,
+            f"{plan.config} needs {smem} bytes of shared memory; there are"
+            f" {SM90_SMEM_BYTES_PER_BLOCK}",
+        ),
+    )
+    return next((reason for holds, reason in rules if not holds), None)
+
+
+def pack_pairs(even: Array, odd: Array, dtype: Any) -> Array:
+    """Rounds two matrices to 8 bits, saturating, and zips them: even is the low byte of each unit.
+
+    Args:
+      even: `[64, C]`, float32, layout `MATRIX`.
+      odd: like even.
+      dtype: of the bytes.
+
+    Returns: `[64, C]` units, typed bfloat16 to be moved as 16 bits.
+    """
+    name = "e4m3" if jnp.dtype(dtype) == jnp.float8_e4m3fn else "e5m2"
+    convert = f"""{{
+        .reg .b16 first, second;
+        cvt.rn.satfinite.{name}x2.f32 first, $2, $1;
+        cvt.rn.satfinite.{name}x2.f32 second, $4, $3;
+        mov.b32 $0, {{first, second}};
+        }}"""
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX, MATRIX),
+        return_type=plgpu.ShapeDtypeStruct(even.shape, jnp.bfloat16, MATRIX),
+    )
+    def pack(_: Any, even: Any, odd: Any) -> Any:
+        unit_pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty(even.registers.shape, dtype=object)
+        for index in np.ndindex(*registers.shape):
+            pairs = even.registers[index], odd.registers[index]
+            values = [vector.extract(pair, [], [i]) for i in (0, 1) for pair in pairs]
+            packed: Any = llvm.inline_asm(
+                ir.IntegerType.get_signless(32), values, convert, "=r,f,f,f,f"
+            )
+            registers[index] = mgpu.utils.bitcast(packed, unit_pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=even.layout, _is_signed=None)
+
+    return pack(even, odd)
+
+
+def saturate(x: Array, dtype: Any, *, interpret: bool) -> Array:
+    """Rounds float32 to 8 bits; on the GPU the conversion itself saturates."""
+    if interpret:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -largest, largest)
+    return x.astype(dtype)
+
+
+def store_quantized(plan: TilePlan, even: Array, odd: Array, q: Any, q_t: Any) -> None:
+    """Stores v / scale of E and O, `[64, C]` float32, into the staging buffers of a tile."""
+    # inf - inf is NaN: a saturating conversion alone would hide an infinity. And -0 becomes +0.
+    even, odd = (x + (x - x) for x in (even, odd))
+    if q is not None:
+        for a, x in enumerate((even, odd)):
+            q.at[a][...] = saturate(x, plan.dtype, interpret=plan.interpret)
+    if q_t is None:
+        return
+    if plan.interpret:
+        tile = jnp.stack([even, odd], axis=1).reshape(TILE_ROWS, -1)
+        q_t[...] = saturate(tile, plan.dtype, interpret=True).T
+    else:
+        q_t.transpose((1, 0))[...] = pack_pairs(even, odd, plan.dtype)
+
+
+def row_zeros() -> Array:
+    """A float32 zero for each row of a matrix in registers."""
+    return plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
+
+
+def row_amax(x: Array, *, interpret: bool) -> Array:
+    """Largest |x| of each row, float32; not finite if one of them is not."""
+    if interpret:  # where a maximum may lose a NaN
+        x = jnp.where(jnp.isnan(x), jnp.inf, x)
+    return jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
+
+
+def write_amax(wgs: int, row_max: Array, row_max_smem: Any, reduced: Any, out: Any) -> None:
+    """Writes the maximum over the CTA's warpgroups to out[cta].
+
+    One warpgroup alone reduces to a scalar: Mosaic GPU gives all warpgroups the same scratch bytes
+    for reductions across warps, so two of them at a time would race.
+    """
+    wg = lax.axis_index("wg")
+    row_max_smem.at[wg][...] = row_max
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(reduced)
+    plgpu.barrier_wait(reduced)
+
+    @pl.when(wg == 0)
+    def _() -> None:
+        total = plgpu.load(row_max_smem.at[0], layout=PER_ROW)
+        for other in range(1, wgs):
+            total = jnp.maximum(total, plgpu.load(row_max_smem.at[other], layout=PER_ROW))
+        out[lax.axis_index("cta")] = jnp.max(total)
+
+
+class _Kernel(NamedTuple):
+    """What the steps of the tile loop share."""
+
+    plan: TilePlan
+    compute: Callable[..., tuple[Array, ...]]
+    arrays: tuple[Any, ...]  # [M / 2, 2, columns] in global memory
+    out: dict[str, Any]  # `TilePlan.outputs` in global memory
+    smem: dict[str, Any]  # `scratch_types`
+
+    def tile(self, i: Array) -> tuple[Array, Array]:
+        """Row and column, in tiles, of the i-th tile of this warpgroup."""
+        config = self.plan.config
+        worker = lax.axis_index("cta") * config.warpgroups + lax.axis_index("wg")
+        index = worker + i * (self.plan.programs * config.warpgroups)
+        across = jnp.int32(self.plan.columns // config.tile_columns)
+        return lax.div(index, across), lax.rem(index, across)
+
+    @property
+    def num_tiles(self) -> Array:
+        """Tiles of this warpgroup."""
+        config = self.plan.config
+        worker = lax.axis_index("cta") * config.warpgroups + lax.axis_index("wg")
+        step = self.plan.programs * config.warpgroups
+        return lax.div(self.plan.num_tiles - worker + (step - 1), jnp.int32(step))
+
+    def columns(self, tile: Array, half: int | None) -> Any:
+        """The columns of a tile in an array."""
+        width = self.plan.config.tile_columns
+        if half is None:
+            return pl.ds(tile * width, width)
+        per_group = jnp.int32(PAIR_GROUP // width)
+        group = lax.div(tile, per_group) * (2 * PAIR_GROUP)
+        return pl.ds(group + lax.rem(tile, per_group) * width + half * PAIR_GROUP, width)
+
+    def load(self, i: Array, stage: Any) -> None:
+        """Starts the TMA loads of the i-th tile."""
+        row, column = self.tile(i)
+        wg = lax.axis_index("wg")
+        for n, slab in enumerate(self.plan.inputs):
+            columns = self.columns(column, slab.half)
+            for a in (0, 1):
+                plgpu.copy_gmem_to_smem(
+                    self.arrays[slab.array].at[pl.ds(row * ROWS, ROWS), a, columns],
+                    self.smem["x"].at[n, wg, stage, a],
+                    self.smem["full"].at[wg * self.plan.config.stages + stage],
+                )
+
+    def send(self, i: Array, slot: Any) -> None:
+        """Starts the TMA stores of the i-th tile, as one group."""
+        row, column = self.tile(i)
+        wg = lax.axis_index("wg")
+        for n, half in enumerate(self.plan.halves):
+            columns = self.columns(column, half)
+            for name in ("q", "plain"):
+                if name not in self.out:
+                    continue
+                for a in (0, 1):
+                    plgpu.copy_smem_to_gmem(
+                        self.smem[name].at[n, wg, slot, a],
+                        self.out[name].at[pl.ds(row * ROWS, ROWS), a, columns],
+                        commit_group=False,
+                    )
+            if "q_t" in self.out:
+                plgpu.copy_smem_to_gmem(
+                    self.smem["q_t"][-1].at[n, wg, slot],
+                    self.out["q_t"].at[columns, pl.ds(row * TILE_ROWS, TILE_ROWS)],
+                    commit_group=False,
+                )
+        plgpu.commit_smem_to_gmem_group()
+
+    def stage_outputs(self, evens: Any, odds: Any, inverse: Array, slot: Any) -> None:
+        """Stores the results of a tile into its staging buffers."""
+        wg, plan = lax.axis_index("wg"), self.plan
+        for n, (even, odd) in enumerate(zip(evens, odds, strict=True)):
+            if "plain" in self.out:
+                for a, x in enumerate((even, odd)):
+                    self.smem["plain"].at[n, wg, slot, a][...] = x.astype(plan.plain_dtype)
+            q = self.smem["q"].at[n, wg, slot] if "q" in self.out else None
+            q_t = self.smem["q_t"][0].at[n, wg, slot] if "q_t" in self.out else None
+            even, odd = even.astype(jnp.float32) * inverse, odd.astype(jnp.float32) * inverse
+            store_quantized(plan, even, odd, q, q_t)
+
+
+def _kernel(*refs: Any, plan: TilePlan, compute: Callable[..., Any], **smem: Any) -> None:
+    """The tile loop of one warpgroup."""
+    num_arrays = 1 + max(slab.array for slab in plan.inputs)
+    arrays, (scale, *outputs) = refs[:num_arrays], refs[num_arrays:]
+    if "q_t" in smem:
+        union = smem["q_t"]
+        smem["q_t"] = (union, union) if plan.interpret else tuple(x for (x,) in union)
+    out = dict(zip(plan.outputs, outputs, strict=True))
+    kernel = _Kernel(plan, compute, arrays, out, smem)
+    stages, slots = jnp.int32(plan.config.stages), jnp.int32(plan.config.out_slots)
+    count, wg = kernel.num_tiles, lax.axis_index("wg")
+    inverse = 1.0 / scale[0]
+    for i in range(plan.config.stages):
+        pl.when(i < count)(functools.partial(kernel.load, jnp.int32(i), i))
+
+    def step(i: Array, row_max: Array) -> Array:
+        stage, slot = lax.rem(i, stages), lax.rem(i, slots)
+        plgpu.barrier_wait(smem["full"].at[wg * plan.config.stages + stage])
+        results = []
+        for a in (0, 1):
+            tiles = [
+                plgpu.load(smem["x"].at[n, wg, stage, a], layout=MATRIX)
+                for n in range(len(plan.inputs))
+            ]
+            results.append(compute(*tiles))
+            for x in results[-1]:
+                row_max = jnp.maximum(row_max, row_amax(x, interpret=plan.interpret))
+        plgpu.wait_smem_to_gmem(plan.config.out_slots - 1, wait_read_only=True)
+        kernel.stage_outputs(results[0], results[1], inverse, slot)
+        plgpu.commit_smem()
+        kernel.send(i, slot)
+        pl.when(i + stages < count)(lambda: kernel.load(i + stages, stage))
+        return row_max
+
+    row_max = lax.fori_loop(0, count, step, row_zeros())
+    write_amax(plan.config.warpgroups, row_max, smem["row_max"], smem["reduced"], out["amax"])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def launch(
+    plan: TilePlan,
+    compute: Callable[..., tuple[Array, ...]],
+    arrays: tuple[Array, ...],
+    scale: Array,
+) -> dict[str, Array]:
+    """Runs the kernel.
+
+    Args:
+      plan: a supported one.
+      compute: from the tiles of `plan.inputs`, `[64, C]` in `MATRIX` layout, to those of the
+        results; element by element.
+      arrays: `[M, columns]` each.
+      scale: float32 `()`.
+
+    Returns: `plan.outputs` by name; arrays of rows as `[M, columns]`, and amax `[P]`.
+    """
+    views = [x.reshape(x.shape[0] // 2, 2, x.shape[1]) for x in arrays]
+    outs = plgpu.kernel(
+        functools.partial(_kernel, plan=plan, compute=compute),
+        out_type=tuple(plan.outputs.values()),
+        scratch_types=scratch_types(plan),
+        grid=(plan.programs,),
+        grid_names=("cta",),
+        num_threads=plan.config.warpgroups,
+        thread_name="wg",
+        kernel_name=plan.name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
+    )(*views, scale.reshape(1))
+    named = dict(zip(plan.outputs, outs, strict=True))
+    return {
+        name: x.reshape(plan.rows, -1) if name in ("q", "plain") else x for name, x in named.items()
+    }
