@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.flash_attention import cudnn, sm90, xla
-from pallas_kernels.flash_attention.config import AttentionSpec, Implementation, Precision
+from pallas_kernels.flash_attention.config import (
+    AttentionSpec,
+    Fp8Options,
+    Implementation,
+    Precision,
+)
 from pallas_kernels.flash_attention.masks import make_band
 
 ArrayLike = Array | jax.ShapeDtypeStruct
@@ -18,7 +23,10 @@ ArrayLike = Array | jax.ShapeDtypeStruct
 _MODULES = {"cudnn": cudnn, "mosaic": sm90, "xla": xla}
 # Tried in this order when the caller leaves the choice; xla runs everywhere. The Mosaic kernels
 # join the list once they have been measured on a GPU.
-_PREFERENCE: tuple[Implementation, ...] = ("cudnn", "xla")
+_PREFERENCE: dict[Precision, tuple[Implementation, ...]] = {
+    "bf16": ("cudnn", "xla"),
+    "fp8": ("mosaic", "xla"),
+}
 
 
 class Choice(NamedTuple):
@@ -42,6 +50,7 @@ def flash_attention(
     q_segment_ids: Array | None = ...,
     kv_segment_ids: Array | None = ...,
     precision: Precision = ...,
+    fp8_options: Fp8Options | None = ...,
     implementation: Implementation | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Array: ...
@@ -59,6 +68,7 @@ def flash_attention(
     q_segment_ids: Array | None = ...,
     kv_segment_ids: Array | None = ...,
     precision: Precision = ...,
+    fp8_options: Fp8Options | None = ...,
     implementation: Implementation | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -75,6 +85,7 @@ def flash_attention(
     q_segment_ids: Array | None = None,
     kv_segment_ids: Array | None = None,
     precision: Precision = "bf16",
+    fp8_options: Fp8Options | None = None,
     implementation: Implementation | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -96,8 +107,9 @@ def flash_attention(
       q_segment_ids: `[B, T]`, int32: number of the document each query belongs to. Given together
         with kv_segment_ids, or not at all.
       kv_segment_ids: `[B, S]`, int32.
-      precision: "bf16" multiplies in q's dtype and accumulates in float32. "fp8" and "int8"
-        quantise q, k, v.
+      precision: "bf16" multiplies in q's dtype and accumulates in float32. "fp8" rounds all factors
+        to 8 bits, in the backward too; `flash_attention.fp8` has the equations. "int8" is to come.
+      fp8_options: what "fp8" leaves open; the defaults if None.
       implementation: "xla" runs on any device; memory is bounded by recomputing chunks. "cudnn"
         needs a Hopper GPU; segment ids cost it a mask of B * T * S 16-bit numbers. None takes the
         best that can run; see `flash_attention_choice`.
@@ -123,6 +135,7 @@ def flash_attention(
         q_segment_ids=q_segment_ids,
         kv_segment_ids=kv_segment_ids,
         precision=precision,
+        fp8_options=fp8_options,
         implementation=implementation,
         return_lse=return_lse,
     )
@@ -145,6 +158,7 @@ def flash_attention_choice(
     q_segment_ids: ArrayLike | None = None,
     kv_segment_ids: ArrayLike | None = None,
     precision: Precision = "bf16",
+    fp8_options: Fp8Options | None = None,
     implementation: Implementation | None = None,
     return_lse: bool = False,
 ) -> Choice:
@@ -162,6 +176,7 @@ def flash_attention_choice(
         q_segment_ids=q_segment_ids,
         kv_segment_ids=kv_segment_ids,
         precision=precision,
+        fp8_options=fp8_options,
         implementation=implementation,
         return_lse=return_lse,
     )[1]
@@ -178,6 +193,7 @@ def _plan(
     q_segment_ids: ArrayLike | None,
     kv_segment_ids: ArrayLike | None,
     precision: Precision,
+    fp8_options: Fp8Options | None,
     implementation: Implementation | None,
     return_lse: bool,
 ) -> tuple[AttentionSpec, Choice]:
@@ -194,6 +210,7 @@ def _plan(
             f"softmax_scale={softmax_scale!r} must be a positive Python float;"
             " multiply q by anything else"
         )
+    _check_fp8_options(q, precision, fp8_options)
     spec = AttentionSpec(
         batch_size=q.shape[0],
         query_length=q.shape[1],
@@ -207,16 +224,17 @@ def _plan(
         softmax_scale=float(softmax_scale),
         return_lse=return_lse,
         precision=precision,
+        fp8=fp8_options or Fp8Options(),
     )
     return spec, _choose(spec, implementation)
 
 
 def _choose(spec: AttentionSpec, implementation: Implementation | None) -> Choice:
     """Picks the implementation; raises if the one asked for, or every one, cannot run."""
-    if spec.precision != "bf16":
+    if spec.precision not in _PREFERENCE:
         raise NotImplementedError(
             f"precision={spec.precision!r} needs the {spec.precision} sm_90 kernels, which"
-            " this version does not have; use precision='bf16'"
+            " this version does not have; use precision='bf16' or 'fp8'"
         )
     if implementation is not None:
         reason = _unsupported_reason(spec, implementation)
@@ -224,7 +242,7 @@ def _choose(spec: AttentionSpec, implementation: Implementation | None) -> Choic
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
         return Choice(implementation, "asked for")
     rejected = []
-    for candidate in _PREFERENCE:
+    for candidate in _PREFERENCE[spec.precision]:
         reason = _unsupported_reason(spec, candidate)
         if reason is None:
             return Choice(candidate, "; ".join(rejected) or "the fastest here")
@@ -235,6 +253,18 @@ def _choose(spec: AttentionSpec, implementation: Implementation | None) -> Choic
 def _unsupported_reason(spec: AttentionSpec, implementation: Implementation) -> str | None:
     """Why `implementation` cannot run `spec` here; None if it can."""
     return _MODULES[implementation].unsupported_reason(spec)
+
+
+def _check_fp8_options(q: ArrayLike, precision: Precision, options: Fp8Options | None) -> None:
+    """Raises ValueError if the options do not fit the call."""
+    if options is not None and precision != "fp8":
+        raise ValueError(f"{precision=} takes no fp8_options; use precision='fp8' or drop them")
+    head_dim = q.shape[3]
+    if precision == "fp8" and (options or Fp8Options()).rotate and head_dim & (head_dim - 1):
+        raise ValueError(
+            f"q.shape[3]={head_dim} must be a power of two for the Hadamard rotation of"
+            " precision='fp8'; pad it or pass fp8_options=Fp8Options(rotate=False)"
+        )
 
 
 def _check_option(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -12,6 +12,28 @@ Precision = Literal["bf16", "fp8", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Options:
+    """What `precision="fp8"` leaves open; `fp8` has the equations."""
+
+    rotate: bool = True
+    """Multiply q and k by a random-sign Hadamard matrix, which spreads outliers over a head's
+    channels (needs a head dim that is a power of two). It leaves q k^T as it is."""
+    center_keys: bool = True
+    """Subtract the mean key of each head, which moves all logits of a row alike."""
+    gradient_format: Literal["e4m3", "e5m2"] = "e4m3"
+    """8-bit format of the output's gradient."""
+    backward: Literal["fp8", "bf16"] = "fp8"
+    """Precision of the backward's matrix products."""
+    deterministic: bool = False
+    """Add dq in a fixed order."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("gradient_format", ("e4m3", "e5m2")), ("backward", ("fp8", "bf16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSpec:
     """Shapes, type and semantics of a call; hashable, so it can be a static argument."""
 
@@ -39,6 +61,8 @@ class AttentionSpec:
     """Whether the log-sum-exp is wanted too."""
     precision: Precision
     """Format of the factors of the matrix products."""
+    fp8: Fp8Options = Fp8Options()
+    """Options of precision "fp8"."""
 
 
 # Registers of a compute and of a producer thread, by number of compute warpgroups: what setmaxnreg

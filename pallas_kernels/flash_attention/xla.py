@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.flash_attention import fp8, fp8_xla
 from pallas_kernels.flash_attention.config import AttentionSpec
 from pallas_kernels.reference import attention_reference
 
@@ -19,7 +20,7 @@ _MIN_CHUNK = 64  # Below this many query rows the matrix products waste the mach
 
 def unsupported_reason(spec: AttentionSpec) -> str | None:
     """Returns why this implementation cannot run `spec`, or None if it can."""
-    if spec.precision != "bf16":
+    if spec.precision == "int8":
         return f"precision={spec.precision!r} has no XLA implementation; use precision='bf16'"
     if spec.dtype not in SUPPORTED_DTYPES:
         return f"q.dtype={spec.dtype} is not one of {SUPPORTED_DTYPES}; cast q, k and v"
@@ -41,7 +42,11 @@ def attention(
     kv_segment_ids: Array | None,
     spec: AttentionSpec,
 ) -> tuple[Array, Array]:
-    """Computes `(out, lse)` as `attention_reference` does, holding a chunk of the logits."""
+    """Computes `(out, lse)` as `attention_reference` does, holding a chunk of the logits; in FP8 as
+    `fp8` does.
+    """
+    if spec.precision == "fp8":
+        return fp8.attention(q, k, v, q_segment_ids, kv_segment_ids, spec, fp8_xla)
     run = functools.partial(attention_reference, softmax_scale=spec.softmax_scale, band=spec.band)
     chunk = query_chunk(spec)
     if chunk == spec.query_length:

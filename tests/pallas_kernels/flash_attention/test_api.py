@@ -60,7 +60,7 @@ def test_rejects(q, k, v, options, message):
         flash_attention_choice(q, k, v, **options)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("precision", ["int8"])
 def test_missing_precisions_say_what_is_missing(precision):
     message = f"precision='{precision}' needs the {precision} sm_90 kernels.* use precision='bf16'"
     with pytest.raises(NotImplementedError, match=message):
