@@ -312,7 +312,7 @@ def rotation(head_dim: int) -> np.ndarray:
     while len(matrix) < head_dim:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     assert len(matrix) == head_dim, f"{head_dim=} is no power of two"
-    return np.random.default_rng(0).choice(np.float32([-1.0, 1.0]), (head_dim, 1)) * matrix
+    return np.sign(np.random.default_rng(0).random((head_dim, 1), np.float32) - 0.5) * matrix
 
 
 def rotate(x: Array, *, inverse: bool = False) -> Array:
