@@ -6,13 +6,16 @@ a CPU emulates.
 """
 
 import dataclasses
+import math
 import re
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jfp8.formats import Format
 from jfp8.hlo import Gemm, hlo_gemms, stablehlo_gemms
+from jfp8.quantize import GROUPS, current_scale, group_amax_bits, quantize
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,6 +137,65 @@ def underflowed_fraction(x: jax.Array, scale: jax.Array, format: Format) -> jax.
     # Half the smallest subnormal is a tie and rounds to even: to zero.
     lost = (_scaled_magnitude(x, scale) <= format.min_subnormal / 2) & (x != 0)
     return jnp.mean(lost, dtype=jnp.float32)
+
+
+QUANTITIES = (
+    "amax",
+    "scale",
+    "saturated_count",
+    "underflowed_count",
+    "nonfinite_count",
+    "count",
+    "signal",
+    "noise",
+)
+"""What `inspect_tensor` measures; the last two are sums of squares in units of scale^2."""
+
+
+def inspect_tensor(x: jax.Array, scale: jax.Array | None, format: Format) -> jax.Array:
+    """Measures a tensor and what quantising it costs, on every element, in one pass.
+
+    Non-finite elements are counted and left out of the rest.
+
+    Args:
+      x: `[..., columns]`, float32 or bfloat16.
+      scale: float32 `()`; None takes that of the `current` recipe, which costs one more pass.
+      format: that `x` is, or would be, quantised to.
+
+    Returns: float32 `[len(QUANTITIES)]`. Counts are exact up to 2**24 a group of rows; there are up
+      to 128 groups.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if scale is None:
+        finite = jnp.where(jnp.isfinite(rows), rows, 0)
+        scale = current_scale(group_amax_bits(finite), format)
+    scaled = rows.astype(jnp.float32) * (1 / scale)
+    is_finite = jnp.isfinite(rows)
+    scaled = jnp.where(is_finite, scaled, 0)
+    error = scaled - quantize(scaled, jnp.float32(1), format).astype(jnp.float32)
+    magnitude = jnp.abs(scaled)
+    columns = (
+        magnitude,
+        magnitude > format.max_value,
+        (magnitude <= format.min_subnormal / 2) & (rows != 0) & is_finite,
+        ~is_finite,
+        jnp.square(scaled),
+        jnp.square(error),
+    )
+    groups = math.gcd(len(rows), GROUPS)
+    # One reduction of six values an element: nothing but `x` is read, and that once. Groups of
+    # rows come first, so that each device of a sharded tensor reduces its own.
+    sums = lax.reduce(
+        tuple(c.astype(jnp.float32).reshape(groups, -1, rows.shape[1]) for c in columns),
+        (jnp.float32(0),) * len(columns),
+        lambda a, b: (jnp.maximum(a[0], b[0]), *(x + y for x, y in zip(a[1:], b[1:], strict=True))),
+        (1, 2),
+    )
+    amax = sums[0].max() * scale
+    saturated, underflowed, nonfinite, signal, noise = (x.sum() for x in sums[1:])
+    return jnp.stack(
+        [amax, scale, saturated, underflowed, nonfinite, jnp.float32(x.size), signal, noise]
+    )
 
 
 def _scaled_magnitude(x: jax.Array, scale: jax.Array) -> jax.Array:

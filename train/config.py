@@ -147,6 +147,8 @@ class Fp8Config:
     """Glob patterns of GEMM names (such as "*.down") that stay in bf16."""
     minimum_fraction: float = 0.95
     """On a GPU, stop before the first step if less of the block GEMM FLOPs runs in FP8."""
+    inspect_every: int = 0
+    """Optimizer steps between measurements of every tensor of every layer; 0 means never."""
 
     def __post_init__(self) -> None:
         _require(
@@ -158,6 +160,7 @@ class Fp8Config:
             0 <= self.minimum_fraction <= 1,
             f"--fp8.minimum-fraction={self.minimum_fraction} must be in [0, 1]",
         )
+        _require(self.inspect_every >= 0, f"--fp8.inspect-every={self.inspect_every} must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

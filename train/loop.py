@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from train import startup
 from train.checkpoint import Checkpointer, CheckpointSaveError
 from train.config import ConfigError, MeshConfig, TrainConfig
 from train.data import Dataset, build_dataset
+from train.diagnosis import first_bad_tensor
 from train.environment import keep_compiled_programs
 from train.generate import encode_prompt, generate
+from train.inspection import compile_inspection, to_record
 from train.interrupt import Interrupt
 from train.mesh import batch_sharding, check_divisibility, make_mesh, replicated
 from train.metrics import MetricsError, MetricsWriter
@@ -89,6 +91,15 @@ def _keep_silent(line: str) -> None:
     del line
 
 
+class _Pending(NamedTuple):
+    """A step whose results are still being computed."""
+
+    step: int
+    batch: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+    inspection: dict[str, Any] | None
+
+
 class _Run:
     """One start of a run: the live objects of the loop."""
 
@@ -109,8 +120,7 @@ class _Run:
         self.first_loss: float | None = None
         self.saved_step = -1
         self.fp8_line = ""
-        # A step whose metrics are not read yet, with them.
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.pending: _Pending | None = None
         # The signal to stop for, of this process or, with several, of any; 0 for none.
         self.stop_number = 0
         self._next_stop_number: jax.Array | int = 0
@@ -163,6 +173,11 @@ class _Run:
             self.say(line)
         self.say("compiling the step")
         self.steps = compile_steps(self.config, self.optimizer, self.mesh)
+        self.inspect = (
+            compile_inspection(self.config, self.optimizer, self.mesh)
+            if self.config.fp8.inspect_every
+            else None
+        )
         report = startup.gemm_report(self.steps)
         startup.check_fp8_share(self.config, self.steps, report)
         self.fp8_line = startup.describe_gemms(self.config, report)
@@ -195,21 +210,25 @@ class _Run:
         is_calibrated = self.config.fp8.recipe != "delayed" or int(state.applied_steps) > 0
         self.clock = time.perf_counter()
         while step < total and not self._must_stop(interrupt):
-            program = self.steps.train if is_calibrated else self.steps.calibrate
-            state, metrics = program(state, self._to_devices(next(self.batches)))
+            batch = self._to_devices(next(self.batches))
             step += 1
-            self._record_pending()
-            self.pending = step, metrics
+            inspection = None
+            if self.inspect and is_calibrated and step % self.config.fp8.inspect_every == 0:
+                inspection = self.inspect(state, batch)
+            program = self.steps.train if is_calibrated else self.steps.calibrate
+            state, metrics = program(state, batch)
+            self._record_pending(state)
+            self.pending = _Pending(step, batch, metrics, inspection)
             is_calibrated = is_calibrated or int(state.applied_steps) > 0
             validates = log.validate_every and (step % log.validate_every == 0 or step == total)
             saves = self.config.checkpoint.every and step % self.config.checkpoint.every == 0
             if validates or saves:
-                self._record_pending()
+                self._record_pending(state)
             if validates:
                 self._validate(state, step)
             if saves:
                 self._save(state)
-        self._record_pending()
+        self._record_pending(state)
         return state
 
     def _must_stop(self, interrupt: Interrupt) -> bool:
@@ -233,12 +252,15 @@ class _Run:
             for name, rows in batch.items()
         }
 
-    def _record_pending(self) -> None:
-        """Waits for the metrics of the pending step, checks and writes them."""
+    def _record_pending(self, state: TrainState) -> None:
+        """Waits for the metrics of the pending step, checks and writes them.
+
+        A step that ends the run has left parameters and FP8 state in `state` as they were.
+        """
         if self.pending is None:
             return
-        (step, metrics), self.pending = self.pending, None
-        values = jax.device_get(metrics)
+        pending, self.pending = self.pending, None
+        step, values = pending.step, jax.device_get(pending.metrics)
         now = time.perf_counter()
         step_time, self.clock = now - self.clock, now
         loss, grad_norm = float(values["loss_nats"]), float(values["grad_norm"])
@@ -253,13 +275,18 @@ class _Run:
             if health is not None:
                 row |= health_metrics(self.health_names, health)
             self.writer.train_step(step, row, step_time_s=step_time)
+        if pending.inspection is not None:
+            tensors = jax.device_get(pending.inspection["tensors"])
+            self.writer.inspection(step, to_record(tensors))
         # A run shorter than that must not end well without a single good step.
         if skips >= min(self.config.optimizer.max_consecutive_skips, self.config.run.steps):
+            culprit = first_bad_tensor(self.config, state, pending.batch)
             raise TrainingError(
                 f"{skips} steps in a row had a non-finite loss or gradient (the last: step {step},"
-                f" loss {loss}, grad norm {grad_norm}); they changed nothing, and the same command"
-                " goes on from the newest checkpoint. Lower --optimizer.learning-rate in a new run,"
-                " or try --fp8.recipe bf16 there to see whether FP8 is the cause"
+                f" loss {loss}, grad norm {grad_norm}; the first tensor to go bad: {culprit}); they"
+                " changed nothing, and the same command goes on from the newest checkpoint. Lower"
+                " --optimizer.learning-rate in a new run, or try --fp8.recipe bf16 there to see"
+                " whether FP8 is the cause"
             )
 
     def _validate(self, state: TrainState, step: int) -> None:

@@ -5,6 +5,8 @@
      "fp8/<group>/saturated_fraction": 0.0, ...}
     {"kind": "validation", "step": 100, "tokens": 409600, "validation_loss_nats": 5.2}
     {"kind": "event", "step": 100, "message": "checkpoint 100 was not saved (...)"}
+    {"kind": "inspection", "step": 50, "tensors": {"qkv.input": {"amax": [a number for each layer],
+     "scale": [...], "saturated_fraction": [...], "underflowed_fraction": [...], "sqnr_db": [...]}}}
 
 Every line also has "time", in seconds since 1970. JSON has no NaN or infinity: such a number is
 null, and its text is under "non_finite", as in {"loss_nats": null, "non_finite": {"loss_nats":
@@ -153,6 +155,11 @@ class MetricsWriter:
             self._record("validation", step, numbers)
             self._console.validation(step, loss_nats)
 
+    def inspection(self, step: int, tensors: Mapping[str, Any]) -> None:
+        """Records what `train.inspection.to_record` made of the tensors that a step began with."""
+        if self._is_writer:
+            self._append({"kind": "inspection", "step": step, "tensors": tensors})
+
     def event(self, step: int, message: str) -> None:
         """Records and prints something worth knowing, such as a skipped step."""
         if self._is_writer:
@@ -213,6 +220,8 @@ class Metrics:
     """Records of kind "validation", in order."""
     events: list[dict[str, Any]]
     """Records of kind "event", in order."""
+    inspections: list[dict[str, Any]]
+    """Records of kind "inspection", in order."""
     torn_lines: int
     """Lines that are no JSON object: cut short by a kill, or still being written."""
 
@@ -232,14 +241,21 @@ def read_metrics(run_directory: Path) -> Metrics:
     records, torn_lines = _parse(path.read_bytes())
     kinds = {
         kind: [record for record in records if record.get("kind") == kind]
-        for kind in ("train", "validation", "event")
+        for kind in ("train", "validation", "event", "inspection")
     }
     if not kinds["train"]:
         raise MetricsError(
             f"{path} holds no training step yet; train for --log.every steps or more"
         )
     name = run_directory.resolve().name
-    return Metrics(name, kinds["train"], kinds["validation"], kinds["event"], torn_lines)
+    return Metrics(
+        name,
+        kinds["train"],
+        kinds["validation"],
+        kinds["event"],
+        kinds["inspection"],
+        torn_lines,
+    )
 
 
 def peak_memory_gib() -> float:

@@ -23,6 +23,7 @@ from pallas_kernels import flash_attention
 from train.config import ModelConfig
 from train.embedding import embed
 from train.swiglu import swiglu
+from train.taps import Taps, apply_linear, see_attention
 
 COMPUTE_DTYPE = jnp.bfloat16
 _INIT_STD = 0.02
@@ -67,7 +68,9 @@ class Attention(nnx.Module):
     `tensor` mesh axis then leaves whole groups on each device.
     """
 
-    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs, *, has_taps: bool = False
+    ):
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
         self.config = config
         self.qkv = _linear(
@@ -78,6 +81,7 @@ class Attention(nnx.Module):
         )
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.taps = Taps(recipe, ("qkv", "out"), sees_attention=True) if has_taps else None
 
     def __call__(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
@@ -87,17 +91,18 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
         group = heads // kv_heads
-        qkv = checkpoint_name(self.qkv(x), "qkv")
+        qkv = checkpoint_name(apply_linear(self.taps, "qkv", self.qkv, x), "qkv")
         qkv = qkv.reshape(batch, length, kv_heads, group + 2, head_dim)
         # `split`, and not slices: its gradient is one concatenation, not a sum of padded arrays.
         q, k, v = jnp.split(qkv, [group, group + 1], axis=-2)
         q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
         window = config.local_window_size
         attended = flash_attention(
-            rotate(q, *angles),
-            rotate(k, *angles),
+            q,
+            k,
             v,
             is_causal=True,
             local_window_size=(window, 0) if window else None,
@@ -106,8 +111,10 @@ class Attention(nnx.Module):
             precision=config.attention_precision,
             implementation=attention_implementation(config),
         )
-        attended = checkpoint_name(attended, "attended")
-        return self.out(attended.reshape(batch, length, heads * head_dim))
+        attended = see_attention(self.taps, q, k, v, checkpoint_name(attended, "attended"))
+        return apply_linear(
+            self.taps, "out", self.out, attended.reshape(batch, length, heads * head_dim)
+        )
 
 
 def attention_implementation(config: ModelConfig) -> Literal["xla", "cudnn", "mosaic"] | None:
@@ -123,28 +130,33 @@ class SwiGLU(nnx.Module):
     mesh axis keeps each pair on one device, and a kernel's tile finds both side by side.
     """
 
-    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs, *, has_taps: bool = False
+    ):
         self.group = math.gcd(config.ffn_size, _MAX_FFN_GROUP)
         self.gate_up = _linear("gate_up", config.hidden_size, 2 * config.ffn_size, recipe, rngs)
         self.down = _linear(
             "down", config.ffn_size, config.hidden_size, recipe, rngs, _residual_std(config)
         )
+        self.taps = Taps(recipe, ("gate_up", "down"), sees_attention=False) if has_taps else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate_up = checkpoint_name(self.gate_up(x), "gate_up")
+        gate_up = checkpoint_name(apply_linear(self.taps, "gate_up", self.gate_up, x), "gate_up")
         pairs = gate_up.reshape(*x.shape[:-1], -1, 2, self.group)
-        return self.down(swiglu(pairs))
+        return apply_linear(self.taps, "down", self.down, swiglu(pairs))
 
 
 class Block(nnx.Module):
     """Pre-norm decoder block: x + attention(norm(x)), then x + swiglu(norm(x))."""
 
-    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs, *, has_taps: bool = False
+    ):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, recipe, rngs)
+        self.attention = Attention(config, recipe, rngs, has_taps=has_taps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = SwiGLU(config, recipe, rngs)
+        self.ffn = SwiGLU(config, recipe, rngs, has_taps=has_taps)
 
     def __call__(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
@@ -162,16 +174,30 @@ class Transformer(nnx.Module):
     "unroll" they are a list. The two train alike but have different parameter trees.
     """
 
-    def __init__(self, config: ModelConfig, recipe: jfp8.Recipe, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, recipe: jfp8.Recipe, *, rngs: nnx.Rngs, has_taps: bool = False
+    ):
+        """Creates the parameters.
+
+        Args:
+          config: sizes and choices.
+          recipe: of the GEMMs of the blocks.
+          rngs: seeds the parameters.
+          has_taps: the tensors of the blocks can be measured; see `train.taps`.
+        """
         self.config = config
         normal = nnx.initializers.normal(_INIT_STD)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(normal(rngs.params(), shape, jnp.float32))
         if config.layer_loop == "scan":
-            create = nnx.vmap(lambda block_rngs: Block(config, recipe, block_rngs))
+            create = nnx.vmap(
+                lambda block_rngs: Block(config, recipe, block_rngs, has_taps=has_taps)
+            )
             self.blocks = create(rngs.split(config.num_layers))
         else:
-            self.blocks = nnx.List(Block(config, recipe, rngs) for _ in range(config.num_layers))
+            self.blocks = nnx.List(
+                Block(config, recipe, rngs, has_taps=has_taps) for _ in range(config.num_layers)
+            )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nnx.Param(normal(rngs.params(), shape[::-1], jnp.float32))

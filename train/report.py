@@ -1,6 +1,7 @@
 """Compares runs: `python -m train.report RUN... [--output FILE.png] [--band RUN RUN]`.
 
 Reads nothing but the runs' metrics.jsonl. The first run is the reference that gaps are relative to.
+Runs with `--fp8.inspect-every` get a picture of their own each, with heat maps of every tensor.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from train.config import ConfigError
+from train.heatmaps import plot_inspections
 from train.metrics import Metrics, MetricsError, read_metrics
 from train.plots import Curve, plot_loss
 
@@ -89,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(config)
         runs = [read_metrics(path) for path in config.runs]
         plot_loss(config.runs, config.output, band=config.band)
+        heat_maps = _plot_inspections(runs, config.output)
     except (ConfigError, MetricsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,7 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if run.torn_lines:
             print(f"note: {run.name}: {run.torn_lines} unreadable lines were passed over")
     print(f"loss curves: {config.output}")
+    for path in heat_maps:
+        print(f"tensors by layer and step: {path}")
     return 0
+
+
+def _plot_inspections(runs: Sequence[Metrics], output: Path) -> list[Path]:
+    """Draws the heat maps beside `output`; returns their paths."""
+    paths = []
+    for number, run in enumerate(runs):
+        if run.inspections:
+            # Runs of different folders may share a name.
+            again = any(run.name == other.name for other in runs[:number])
+            name = f"{output.stem}_{run.name}" + (f"_{number}" if again else "")
+            paths.append(output.with_name(f"{name}{output.suffix}"))
+            plot_inspections(run, paths[-1])
+    return paths
 
 
 def _check(config: ReportConfig) -> None:

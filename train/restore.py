@@ -9,7 +9,7 @@ import jax
 import optax
 import tokenizers
 
-from train.checkpoint import Checkpointer
+from train.checkpoint import Checkpointer, Restored
 from train.config import ConfigError, MeshConfig, TrainConfig, parse
 from train.data.tokenizer import load_tokenizer
 from train.mesh import make_mesh
@@ -35,6 +35,20 @@ def load_model(directory: Path) -> TrainedModel:
       CheckpointError: if no checkpoint in it is good.
       DataError: if its tokenizer is gone.
     """
+    config, restored = restore_run(directory)
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    return TrainedModel(config, restored.state.params, restored.state.scaling, tokenizer)
+
+
+def restore_run(directory: Path) -> tuple[TrainConfig, Restored]:
+    """A run's config, and its newest good checkpoint without the optimizer's moments.
+
+    The state is a `TrainState` on the first device; the attention implementation becomes "auto".
+
+    Raises:
+      ConfigError: if the directory is no run, or holds no checkpoint yet.
+      CheckpointError: if no checkpoint in it is good.
+    """
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such run directory")
     if not (directory / "config.toml").is_file():
@@ -45,12 +59,10 @@ def load_model(directory: Path) -> TrainedModel:
     )
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     state = abstract_state(config, optax.identity(), mesh)
-    weights = {"params": state.params, "scaling": state.scaling}
     report = lambda line: print(line, file=sys.stderr)  # noqa: E731
     folder = directory / "checkpoints"
     with Checkpointer(folder, config.checkpoint, report=report) as checkpointer:
-        restored = checkpointer.restore_newest(weights, is_partial=True)
+        restored = checkpointer.restore_newest(state, is_partial=True)
     if restored is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
-    tokenizer = load_tokenizer(directory / "tokenizer.json")
-    return TrainedModel(config, **restored.state, tokenizer=tokenizer)
+    return config, restored

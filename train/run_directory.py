@@ -64,6 +64,7 @@ RESUME_RULES: dict[str, tuple[Literal["free", "note"], str]] = {
     "model.attention_implementation": ("note", "another kernel rounds differently"),
     "model.remat": ("note", "the compiler fuses differently; losses may differ by rounding"),
     "fp8.minimum_fraction": ("free", "a check before the first step"),
+    "fp8.inspect_every": ("free", "measured by a program of its own"),
     "optimizer.max_consecutive_skips": ("free", "when to give up"),
 }  # fmt: skip
 

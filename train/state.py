@@ -44,9 +44,9 @@ def make_graph(config: TrainConfig, recipe: jfp8.Recipe) -> nnx.GraphDef:
     return nnx.split(model, nnx.Param, jfp8.nnx.Scaling)[0]
 
 
-def merge(graph: nnx.GraphDef, params: Any, scaling: Any) -> Transformer:
+def merge(graph: nnx.GraphDef, params: Any, scaling: Any, *sinks: Any) -> Transformer:
     """The model with these arrays in it."""
-    return nnx.merge(graph, params, scaling)
+    return nnx.merge(graph, params, scaling, *sinks)
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation) -> TrainState:

@@ -44,10 +44,13 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 
 
 def make_loss(config: TrainConfig, graph: nnx.GraphDef) -> Callable:
-    """Builds (params, scaling, batch, total_weight) -> (loss, nll), means over `total_weight`."""
+    """Builds (params, scaling, batch, total_weight) -> (loss, nll), means over `total_weight`.
 
-    def loss(params: Any, scaling: Any, batch: Batch, total_weight: jax.Array):
-        model = merge(graph, params, scaling)
+    With a graph that has taps (`train.inspection`), their sinks are a fifth argument.
+    """
+
+    def loss(params: Any, scaling: Any, batch: Batch, total_weight: jax.Array, *sinks: Any):
+        model = merge(graph, params, scaling, *sinks)
         segment_ids = batch["segment_ids"] if config.data.document_mask else None
         hidden = model(batch["tokens"], batch["positions"], segment_ids)
         return cross_entropy(
