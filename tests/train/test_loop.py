@@ -309,7 +309,7 @@ def test_bad_steps_in_a_row_end_the_run(here, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.startswith(
         "error: 3 steps in a row had a non-finite loss or gradient (the last: step 5, loss nan,"
-        " grad norm nan); "
+        " grad norm nan; the first tensor to go bad: the loss weights of the batch); "
     )
     assert err.count("\n") == 1
     assert checkpoints(tmp_path) == [1, 2, 3, 4]
