@@ -10,6 +10,7 @@ Not supported: groups other than 128 columns, float32 inputs.
 
 # Shapes: M rows, F hidden columns.
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from pallas_kernels.quantize.contract import (
     Layouts,
     Quantized,
     device_reason,
-    fold_amax,
     sm_count,
 )
 from pallas_kernels.quantize.sm90_tiles import PAIR_GROUP, Slab, TileConfig, TilePlan
@@ -120,15 +120,28 @@ def _gradient(gate: Array, up: Array, grad: Array) -> tuple[Array, Array]:
     return weighted * up * (1.0 + gate * (1.0 - sigmoid)), weighted * gate
 
 
-def forward(gate_up: Array, scale: Array, plan: TilePlan) -> Quantized:
-    """Runs the kernel of the activation."""
-    out = sm90_tiles.launch(plan, _activation, (gate_up,), scale)
-    return Quantized(out.get("q"), out.get("q_t"), fold_amax(out["amax"]))
+def forward(
+    gate_up: Array, scale: Array, *, dtype: Any, layouts: Layouts, config: TileConfig = FORWARD
+) -> Quantized:
+    """Runs the kernel of the activation, on each device's part of a sharded gate_up."""
+    plan_of = functools.partial(forward_plan, dtype=dtype, layouts=layouts, config=config)
+    return sm90_tiles.run(plan_of, _activation, (gate_up,), scale)[0]
 
 
 def backward(
-    gate_up: Array, grad: Array, scale: Array, plan: TilePlan
+    gate_up: Array,
+    grad: Array,
+    scale: Array,
+    *,
+    dtype: Any,
+    layouts: Layouts,
+    plain: bool,
+    config: TileConfig | None = None,
 ) -> tuple[Quantized, Array | None]:
-    """Runs the kernel of the gradient."""
-    out = sm90_tiles.launch(plan, _gradient, (gate_up, grad), scale)
-    return Quantized(out.get("q"), out.get("q_t"), fold_amax(out["amax"])), out.get("plain")
+    """Runs the kernel of the gradient, on each device's part of sharded arrays."""
+
+    def plan_of(gate_up: Array, grad: Array) -> TilePlan:
+        del grad
+        return backward_plan(gate_up, dtype=dtype, layouts=layouts, plain=plain, config=config)
+
+    return sm90_tiles.run(plan_of, _gradient, (gate_up, grad), scale)

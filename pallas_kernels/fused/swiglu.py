@@ -49,7 +49,7 @@ def swiglu_quantize(
       dtype: float8_e4m3fn or float8_e5m2.
       layouts: as in `pallas_kernels.quantize`.
       implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, g = 128, and M a
-        multiple of 128 (16 with layouts="rows"); one device's array, as in
+        multiple of 128 (16 with layouts="rows"); sharded arrays as in
         `pallas_kernels.quantize`.
 
     Returns: `[M, F]` in 8 bits, its transpose and its amax. Implementations differ by the rounding
@@ -60,13 +60,12 @@ def swiglu_quantize(
       NotImplementedError: if `implementation` cannot run this call on this device; says why.
     """
     _check(gate_up, group, scale=scale, dtype=dtype, layouts=layouts)
-    reason = plan = None
+    reason = None
     if implementation == "mosaic":
         plan = sm90_swiglu.forward_plan(gate_up, dtype=dtype, layouts=layouts)
         reason = sm90_swiglu.unsupported_reason(plan, gate_up, group)
     if uses_mosaic(implementation, reason):
-        assert plan is not None
-        return sm90_swiglu.forward(gate_up, scale, plan)
+        return sm90_swiglu.forward(gate_up, scale, dtype=dtype, layouts=layouts)
     gate, up = _split(gate_up, group)
     hidden = (gate * jax.nn.sigmoid(gate) * up).reshape(gate_up.shape[0], -1)
     return quantize_xla(hidden, scale, dtype=dtype, layouts=layouts)
@@ -109,13 +108,13 @@ def swiglu_grad_quantize(
             f"grad.shape={grad.shape} must be the rows of gate_up.shape={gate_up.shape} and half"
             " its columns"
         )
-    reason = plan = None
+    reason = None
+    options = dict(dtype=dtype, layouts=layouts, plain=plain)
     if implementation == "mosaic":
-        plan = sm90_swiglu.backward_plan(gate_up, dtype=dtype, layouts=layouts, plain=plain)
+        plan = sm90_swiglu.backward_plan(gate_up, **options)
         reason = sm90_swiglu.unsupported_reason(plan, gate_up, group)
     if uses_mosaic(implementation, reason):
-        assert plan is not None
-        return sm90_swiglu.backward(gate_up, grad, scale, plan)
+        return sm90_swiglu.backward(gate_up, grad, scale, **options)
     # Without the barrier XLA would find the forward pass's sigmoid here, and keep it in memory.
     gate_up, grad = lax.optimization_barrier((gate_up, grad))
     gate, up = _split(gate_up, group)

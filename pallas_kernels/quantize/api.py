@@ -38,8 +38,8 @@ def quantize(
       dtype: float8_e4m3fn or float8_e5m2.
       layouts: "both" writes q and its transpose, "rows" q alone, "columns" the transpose alone.
       implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, K a multiple of 64, and
-        M a multiple of 128 (16 with "rows"); it runs on one device's array, so call it under
-        `jax.shard_map` for sharded ones. None leaves the choice.
+        M a multiple of 128 (16 with "rows"); of a sharded x each device quantises its own part,
+        for which the same holds, and nothing is gathered. None leaves the choice.
 
     Returns: the two casts and the amax; the same bits from both implementations, but for those of
       NaN and for how the amax is spread over its parts.
@@ -55,5 +55,5 @@ def quantize(
     plan = sm90.make_plan(x, dtype=dtype, layouts=layouts)
     reason = sm90.unsupported_reason(plan) if implementation == "mosaic" else None
     if uses_mosaic(implementation, reason):
-        return sm90.quantize(x, scale, plan)
+        return sm90.quantize(x, scale, dtype=dtype, layouts=layouts)
     return quantize_xla(x, scale, dtype=dtype, layouts=layouts)

@@ -6,6 +6,7 @@ H200: 84 % of the copy bandwidth at 16384 x 4096, where XLA's cast and transpose
 
 # Shapes: M rows, K columns.
 
+import functools
 from typing import Any
 
 from jax import Array
@@ -16,7 +17,6 @@ from pallas_kernels.quantize.contract import (
     Layouts,
     Quantized,
     device_reason,
-    fold_amax,
     sm_count,
 )
 from pallas_kernels.quantize.sm90_tiles import Slab, TileConfig, TilePlan
@@ -67,7 +67,9 @@ def unsupported_reason(plan: TilePlan) -> str | None:
     return device_reason() or sm90_tiles.unsupported_reason(plan)
 
 
-def quantize(x: Array, scale: Array, plan: TilePlan) -> Quantized:
-    """Runs the kernel."""
-    out = sm90_tiles.launch(plan, lambda tile: (tile,), (x,), scale)
-    return Quantized(out.get("q"), out.get("q_t"), fold_amax(out["amax"]))
+def quantize(
+    x: Array, scale: Array, *, dtype: Any, layouts: Layouts, config: TileConfig | None = None
+) -> Quantized:
+    """Runs the kernel, on each device's part of a sharded x."""
+    plan_of = functools.partial(make_plan, dtype=dtype, layouts=layouts, config=config)
+    return sm90_tiles.run(plan_of, lambda tile: (tile,), (x,), scale)[0]

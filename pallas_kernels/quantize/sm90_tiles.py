@@ -52,8 +52,10 @@ from pallas_kernels.mosaic import (
     SMEM_OVERHEAD,
     tile_transforms,
 )
-from pallas_kernels.quantize.contract import Layouts
+from pallas_kernels.quantize.contract import Layouts, Quantized, fold_amax
+from pallas_kernels.quantize.partition import Kind, per_device
 
+_KINDS: dict[str, Kind] = {"q": "rows", "q_t": "columns", "plain": "rows"}
 TILE_ROWS = 2 * ROWS
 """Rows of a tile: even and odd ones, a wgmma's worth of each."""
 PAIR_GROUP = 128
@@ -484,3 +486,47 @@ def launch(
     return {
         name: x.reshape(plan.rows, -1) if name in ("q", "plain") else x for name, x in named.items()
     }
+
+
+def run(
+    plan_of: Callable[..., TilePlan],
+    compute: Callable[..., tuple[Array, ...]],
+    arrays: tuple[Array, ...],
+    scale: Array,
+) -> tuple[Quantized, Array | None]:
+    """Runs the kernel on each device's part of the arrays (see `partition`).
+
+    Args:
+      plan_of: the plan for arrays of some shapes.
+      compute: as in `launch`.
+      arrays: as in `launch`.
+      scale: float32 `()`.
+
+    Returns: the 8-bit results, and the plain one or None.
+
+    Raises:
+      NotImplementedError: if the kernel does not support a device's part; says why.
+    """
+    plan = plan_of(*arrays)
+    names = [name for name in plan.outputs if name != "amax"]
+
+    def local(*operands: Array) -> tuple[Array, ...]:
+        own_plan = plan_of(*operands[:-1])
+        reason = unsupported_reason(own_plan)
+        if reason is not None:
+            raise NotImplementedError(
+                f"implementation='mosaic' cannot run one device's part: {reason}"
+            )
+        out = launch(own_plan, compute, operands[:-1], operands[-1])
+        return (*(out[name] for name in names), fold_amax(out["amax"]))
+
+    *results, amax_bits = per_device(
+        local,
+        arrays,
+        scale,
+        (*(_KINDS[name] for name in names), "parts"),
+        widths=[x.shape[1] // plan.columns for x in arrays],
+        result_width=len(plan.halves),
+    )
+    named = dict(zip(names, results, strict=True))
+    return Quantized(named.get("q"), named.get("q_t"), amax_bits), named.get("plain")

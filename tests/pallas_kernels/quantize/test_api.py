@@ -74,7 +74,7 @@ def test_interpreted_kernel_is_exact_and_free_of_races(case):
     with interpret_kernels():
         plan = sm90.make_plan(x, dtype=dtype, layouts=layouts, config=config)
         assert sm90.unsupported_reason(plan) is None
-        result = sm90.quantize(x, SCALE, plan)
+        result = sm90.quantize(x, SCALE, dtype=dtype, layouts=layouts, config=config)
     assert_exact(result, x, 0.25, dtype, layouts)
     assert not interpret_pallas_call.get_races().races_found
 
@@ -200,7 +200,8 @@ def test_gpu_every_candidate_is_exact(itemsize):
     for config in sm90.candidates(itemsize):
         plan = sm90.make_plan(x, dtype=E4M3, layouts="both", config=config)
         if sm90.unsupported_reason(plan) is None:
-            assert_exact(sm90.quantize(x, SCALE, plan), x, 0.25, E4M3)
+            result = sm90.quantize(x, SCALE, dtype=E4M3, layouts="both", config=config)
+            assert_exact(result, x, 0.25, E4M3)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """The tile loop: what ptxas makes of every shipped config, and its shared memory by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,15 +30,15 @@ def plan_of(shape, input_dtype, dtype=jnp.float8_e4m3fn, layouts="both", config=
 
 @pytest.mark.parametrize("case", COMPILED, ids=lambda c: f"{c[0].__name__}-{c[1].__name__}-{c[2:]}")
 def test_compiles_for_sm90a_without_spills(case):
-    input_dtype, *options = case
+    input_dtype, dtype, layouts, config = case
     with hardware.assume_device_kind("NVIDIA H200"):
-        plan = plan_of((4096, 2048), input_dtype, *options)
+        plan = plan_of((4096, 2048), input_dtype, dtype, layouts, config)
         reason = sm90.unsupported_reason(plan)
         if reason is not None:
             assert "bytes of shared memory" in reason
             return
         report = ptxas_report(
-            lambda x, scale: sm90.quantize(x, scale, plan),
+            functools.partial(sm90.quantize, dtype=dtype, layouts=layouts, config=config),
             jax.ShapeDtypeStruct((4096, 2048), input_dtype),
             jax.ShapeDtypeStruct((), jnp.float32),
         )

@@ -1,0 +1,191 @@
+"""Runs a quantising kernel on each device's part of a sharded matrix; never gathers one.
+
+A kernel is opaque to XLA's partitioner, which would otherwise gather its operands on every device.
+What happens depends on where the call is traced:
+
+  jit over one device, or inside shard_map   the kernel, on the array at hand
+  jit over several devices                   the kernel, on each device's shard: rows and columns may
+                                             be split; an amax is the maximum over the devices that
+                                             split the columns, and stays apart for those that split
+                                             the rows
+  vmap                                       one matrix after the other
+"""
+
+# Shapes: M rows, K columns.
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+from jax import Array, lax
+from jax.custom_batching import sequential_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_kernels.interpreter import is_interpreting
+from pallas_kernels.quantize.contract import AMAX_PARTS
+
+Kind = Literal["rows", "columns", "parts"]
+"""Of a result: `[M, K]`, `[K, M]`, or the 128 parts of an amax."""
+
+
+def per_device(
+    local: Callable[..., tuple[Array, ...]],
+    arrays: Sequence[Array],
+    scale: Array,
+    kinds: Sequence[Kind],
+    *,
+    widths: Sequence[int],
+    result_width: int,
+) -> tuple[Array, ...]:
+    """Calls `local(*arrays, scale)` on the shards of the arrays.
+
+    Args:
+      local: the kernel; its results are of `kinds`.
+      arrays: `[M, widths[i] * K]` each.
+      scale: float32 `()`.
+      kinds: of the results.
+      widths: of the arrays, as multiples of K.
+      result_width: that of the results.
+
+    Raises:
+      NotImplementedError: if the rows are split over a number of devices that does not divide 128.
+    """
+    run = sequential_vmap(
+        lambda *operands: _partitioned(local, operands, kinds, widths, result_width)
+    )
+    axes = frozenset[str]().union(*map(_varying, (*arrays, scale)))
+    results = run(*arrays, scale)
+    missing = [tuple(sorted(axes - _varying(x))) for x in results]
+    return tuple(
+        lax.pcast(x, names, to="varying") if names else x
+        for x, names in zip(results, missing, strict=True)
+    )
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The mesh axes over which x differs, under shard_map."""
+    aval = jax.typeof(x)
+    # JAX 0.11.2 keeps the axes under `.mat`; releases before and after it say `.vma`.
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
+
+
+def _partitioned(
+    local: Callable[..., tuple[Array, ...]],
+    operands: tuple[Array, ...],
+    kinds: Sequence[Kind],
+    widths: Sequence[int],
+    result_width: int,
+) -> tuple[Array, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in mesh.axis_types or is_interpreting() or jax.device_count() == 1:
+        # The interpreter's callbacks cannot be partitioned; it is for single devices' tests.
+        return local(*operands)
+    sharding = jax.typeof(operands[0]).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return _explicit(local, operands, kinds, sharding)
+    rows = operands[0].shape[0]
+    if rows % AMAX_PARTS:
+        raise NotImplementedError(
+            f"the {rows} rows of an array on several devices must be a multiple of {AMAX_PARTS};"
+            " pad them, or use implementation='xla'"
+        )
+    call = custom_partitioning(lambda *operands: local(*operands))
+    call.def_partition(
+        partition=functools.partial(_partition, local, kinds),
+        sharding_rule=_rule(kinds, widths, result_width),
+        r=rows // AMAX_PARTS,
+        **{f"t{width}": width for width in {*widths, result_width} if width > 1},
+    )
+    return call(*operands)
+
+
+def _rule(kinds: Sequence[Kind], widths: Sequence[int], result_width: int) -> str:
+    """Shardy's rule: rows are (p r), so that the parts of an amax are split as the rows are."""
+
+    def columns(width: int) -> str:
+        return "k" if width == 1 else f"(k t{width})"
+
+    forms = {
+        "rows": f"(p r) {columns(result_width)}",
+        "columns": f"{columns(result_width)} (p r)",
+        "parts": "p",
+    }
+    operands = [f"(p r) {columns(width)}" for width in widths]
+    return ", ".join([*operands, ""]) + " -> " + ", ".join(forms[kind] for kind in kinds)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _specs(kinds: Sequence[Kind], rows: Any, columns: Any) -> tuple[PartitionSpec, ...]:
+    specs = {
+        "rows": PartitionSpec(rows, columns),
+        "columns": PartitionSpec(columns, rows),
+        "parts": PartitionSpec(rows),
+    }
+    return tuple(specs[kind] for kind in kinds)
+
+
+def _on_shards(
+    local: Callable[..., tuple[Array, ...]],
+    kinds: Sequence[Kind],
+    sizes: dict[str, int],
+    rows: Any,
+    columns: Any,
+) -> Callable[..., tuple[Array, ...]]:
+    """`local` followed by what the amax of a shard needs to become the global one's parts."""
+    count = 1
+    for name in _names(rows):
+        count *= sizes[name]
+    if AMAX_PARTS % count:
+        raise NotImplementedError(
+            f"the rows are split over {count} devices, which must divide {AMAX_PARTS}; use a mesh"
+            " with a power of two, or implementation='xla'"
+        )
+
+    def run(*operands: Array) -> tuple[Array, ...]:
+        results = []
+        for kind, result in zip(kinds, local(*operands), strict=True):
+            if kind == "parts":
+                result = result.reshape(-1, count).max(axis=1)
+                if _names(columns):
+                    result = lax.pmax(result, _names(columns))
+            results.append(result)
+        return tuple(results)
+
+    return run
+
+
+def _rows_and_columns(spec: PartitionSpec) -> tuple[Any, Any]:
+    rows, columns = (*spec, None, None)[:2]
+    return rows, columns
+
+
+def _partition(local: Any, kinds: Sequence[Kind], mesh: Any, operands: Any, results: Any) -> Any:
+    """The callback of custom_partitioning: what each device runs, and the shardings it wants."""
+    del results
+    rows, columns = _rows_and_columns(operands[0].sharding.spec)
+    run = _on_shards(local, kinds, dict(mesh.shape), rows, columns)
+    matrices = [NamedSharding(mesh, PartitionSpec(rows, columns))] * (len(operands) - 1)
+    wanted = (*matrices, NamedSharding(mesh, PartitionSpec()))
+    given = tuple(NamedSharding(mesh, spec) for spec in _specs(kinds, rows, columns))
+    return mesh, run, given, wanted
+
+
+def _explicit(
+    local: Any, operands: tuple[Array, ...], kinds: Sequence[Kind], sharding: NamedSharding
+) -> tuple[Array, ...]:
+    """Under a mesh with explicit axes the sharding is part of the type: shard_map says it all."""
+    rows, columns = _rows_and_columns(sharding.spec)
+    run = _on_shards(local, kinds, dict(sharding.mesh.shape), rows, columns)
+    matrices = [PartitionSpec(rows, columns)] * (len(operands) - 1)
+    return jax.shard_map(
+        run,
+        in_specs=(*matrices, PartitionSpec()),
+        out_specs=_specs(kinds, rows, columns),
+        check_vma=False,
+    )(*operands)
