@@ -23,17 +23,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import NamedSharding
 
-from jfp8.quantize import (
-    current_scale,
-    group_amax_bits,
-    observe,
-    quantize,
-    sampled_elements,
-    statistics,
+from jfp8.gemms import (
+    DGRAD,
+    FAST,
+    FWD,
+    WGRAD,
+    cast,
+    dgrad_gemm,
+    explicit_sharding,
+    forward_gemm,
+    from_bytes,
+    gemm,
+    matrix_shape,
+    replicated,
+    save_for_dgrad,
+    save_for_wgrad,
+    wgrad_gemm,
 )
+from jfp8.quantize import observe, sampled_elements
 from jfp8.recipe import Recipe
 from jfp8.scaling import BINS, GRAD, LHS, RHS, SLOTS, ScalingState
 
@@ -104,7 +113,7 @@ def dot_general(
     # cuBLASLt's FP8 GEMM has one contracted and one free dimension per operand.
     lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*leading, m, k)
     rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*leading, k, n)
-    shardings = _explicit_sharding(lhs), _explicit_sharding(rhs)
+    shardings = explicit_sharding(lhs), explicit_sharding(rhs)
     static = _Static(recipe, lhs.dtype, rhs.dtype, *shardings)
     if recipe.quantizes:
         state = _validated_state(state, recipe)
@@ -183,46 +192,15 @@ def _varying(x: jax.Array) -> frozenset[str]:
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
-def _explicit_sharding(x: jax.Array) -> NamedSharding | None:
-    sharding = jax.typeof(x).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-    sharding = _explicit_sharding(x)
-    return x if sharding is None else reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-# Contracted dimension of each operand, and accumulation of FP8 GEMMs.
-_FWD, _DGRAD, _WGRAD = (-1, -2), (-1, -1), (-2, -2)
-_FAST, _EXACT = lax.Precision.DEFAULT, lax.Precision.HIGHEST
-
-
-def _gemm(
-    a: jax.Array,
-    b: jax.Array,
-    contract: tuple[int, int],
-    dtype: np.dtype,
-    precision: lax.Precision,
-    sharding: NamedSharding | None = None,
-) -> jax.Array:
-    """Contracts one dimension of each of two matrices (or stacks), accumulating in float32."""
-    batch = tuple(range(a.ndim - 2))
-    return lax.dot_general(
-        a,
-        b,
-        (((a.ndim + contract[0],), (b.ndim + contract[1],)), (batch, batch)),
-        precision=precision,
-        preferred_element_type=dtype,
-        out_sharding=sharding,
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fp8_matmul(
     static: _Static, lhs: jax.Array, rhs: jax.Array, scale: jax.Array, probe: jax.Array
 ) -> jax.Array:
-    return _fp8_fwd(static, lhs, rhs, scale, probe)[0]
+    del probe
+    # Without a backward pass each operand is needed in one layout.
+    cast_lhs = cast(lhs, scale[LHS], LHS, static.recipe, layouts="rows")
+    cast_rhs = cast(rhs, scale[RHS], RHS, static.recipe, layouts="columns")
+    return forward_gemm(cast_lhs, cast_rhs, static.lhs_dtype)
 
 
 def _fp8_fwd(
@@ -230,22 +208,20 @@ def _fp8_fwd(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     del probe  # only its cotangent matters
     with jax.named_scope("fp8_dot/quantize_lhs"):
-        q_lhs, lhs_scale, lhs_seen = _quantize(lhs, scale[LHS], LHS, static.recipe)
-        q_lhs = _materialize(q_lhs)
+        cast_lhs = cast(lhs, scale[LHS], LHS, static.recipe)
     with jax.named_scope("fp8_dot/quantize_rhs"):
-        q_rhs, rhs_scale, rhs_seen = _quantize(rhs, scale[RHS], RHS, static.recipe)
-        q_rhs = _materialize(q_rhs)
-    saved_lhs = checkpoint_name(_as_bytes(q_lhs), "fp8_lhs")
-    saved_rhs = checkpoint_name(_as_bytes(q_rhs), "fp8_rhs")
-    q_lhs, q_rhs = _from_bytes(saved_lhs, saved_rhs, static.recipe)
+        cast_rhs = cast(rhs, scale[RHS], RHS, static.recipe)
+    cast_lhs, saved_lhs = save_for_wgrad(cast_lhs, "fp8_lhs")
+    cast_rhs, saved_rhs = save_for_dgrad(cast_rhs, "fp8_rhs")
     # Two small arrays, not six: each costs a kernel of its own in a scan.
     seen = checkpoint_name(
-        jnp.stack([_replicated(lhs_seen), _replicated(rhs_seen)]), "fp8_statistics"
+        jnp.stack([replicated(cast_lhs.seen), replicated(cast_rhs.seen)]), "fp8_statistics"
     )
-    scale = checkpoint_name(jnp.stack([lhs_scale, rhs_scale, scale[GRAD]]), "fp8_statistics")
+    scale = checkpoint_name(
+        jnp.stack([cast_lhs.scale, cast_rhs.scale, scale[GRAD]]), "fp8_statistics"
+    )
     with jax.named_scope("fp8_dot/fwd"):
-        out = _gemm(q_lhs, q_rhs, _FWD, static.lhs_dtype, _FAST)
-        out *= (lhs_scale * rhs_scale).astype(out.dtype)
+        out = forward_gemm(cast_lhs, cast_rhs, static.lhs_dtype)
     return out, (saved_lhs, saved_rhs, scale, seen)
 
 
@@ -253,73 +229,26 @@ def _fp8_bwd(
     static: _Static, residuals: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     saved_lhs, saved_rhs, scale, seen = residuals
-    q_lhs, q_rhs = _from_bytes(saved_lhs, saved_rhs, static.recipe)
-    lhs_scale, rhs_scale = scale[LHS], scale[RHS]
+    recipe = static.recipe
+    q_lhs, q_rhs = from_bytes(saved_lhs, LHS, recipe), from_bytes(saved_rhs, RHS, recipe)
     with jax.named_scope("fp8_dot/quantize_grad"):
-        q_grad, grad_scale, grad_seen = _quantize(grad, scale[GRAD], GRAD, static.recipe)
-        q_grad = _materialize(q_grad)
+        cast_grad = cast(grad, scale[GRAD], GRAD, recipe)
     with jax.named_scope("fp8_dot/dgrad"):
-        dlhs = _gemm(q_grad, q_rhs, _DGRAD, static.lhs_dtype, _EXACT, static.lhs_sharding)
-        dlhs *= (grad_scale * rhs_scale).astype(dlhs.dtype)
+        dlhs = dgrad_gemm(cast_grad, q_rhs, scale[RHS], static.lhs_dtype, static.lhs_sharding)
     with jax.named_scope("fp8_dot/wgrad"):
-        drhs = _gemm(q_lhs, q_grad, _WGRAD, static.rhs_dtype, _EXACT, static.rhs_sharding)
-        drhs *= (lhs_scale * grad_scale).astype(drhs.dtype)
+        drhs = wgrad_gemm(q_lhs, scale[LHS], cast_grad, static.rhs_dtype, static.rhs_sharding)
     with jax.named_scope("fp8_dot/observe"):
-        counted = tuple(sampled_elements(_rows(q)) for q in (q_lhs, q_rhs, q_grad))
-        seen = jnp.concatenate([seen, _replicated(grad_seen)[None]])
-        observation = observe(seen, counted, static.recipe.formats)
+        counted = (
+            sampled_elements(*matrix_shape(q_lhs, transposed=cast_grad.columns is not None)),
+            sampled_elements(*matrix_shape(q_rhs)),
+            sampled_elements(*matrix_shape(grad)),
+        )
+        seen = jnp.concatenate([seen, replicated(cast_grad.seen)[None]])
+        observation = observe(seen, counted, recipe.formats)
     return dlhs, drhs, None, observation
 
 
 _fp8_matmul.defvjp(_fp8_fwd, _fp8_bwd)
-
-
-def _quantize(
-    x: jax.Array, scale: jax.Array, slot: int, recipe: Recipe
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The 8-bit x, the scale it has, and its statistics."""
-    format = recipe.formats[slot]
-    rows = _rows(x)
-    amax_bits = group_amax_bits(rows)
-    if recipe.name == "current" or recipe.calibration == "inline":
-        # Keeps XLA from taking the maximum of the groups' maxima as one more reduction of x.
-        amax_bits = lax.optimization_barrier(amax_bits)
-        own_scale = current_scale(amax_bits, format)
-        uncalibrated = jnp.isnan(scale)
-        scale = own_scale if recipe.name == "current" else jnp.where(uncalibrated, own_scale, scale)
-    return quantize(x, scale, format), scale, statistics(rows, amax_bits, scale, format)
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _materialize(q: jax.Array) -> jax.Array:
-    """Makes XLA:GPU store q row-major, and transpose the 8-bit q where a GEMM needs it so.
-
-    Left alone, XLA moves the transpose through the cast: it transposes the whole stack of float32
-    weights of a scan, and then cannot fuse the amax with the cast (docs/fp8_state.md has the
-    passes). For gradients it casts and transposes in one kernel, which on an H200 ran at 1.2 TB/s,
-    and takes the amax in another; cast with amax, then an 8-bit transpose at 2.5 TB/s, is faster.
-    """
-    return lax.optimization_barrier(with_layout_constraint(q, Layout(tuple(range(q.ndim)))))
-
-
-def _as_bytes(q: jax.Array) -> jax.Array:
-    """What is kept for the backward pass.
-
-    `jax.checkpoint` passes every float that it saves through lax.reduce_precision, which takes E4M3
-    for a format with an infinity and so makes a NaN of each value above 240 (JAX 0.11.2).
-    """
-    return lax.bitcast_convert_type(q, jnp.uint8)
-
-
-def _from_bytes(lhs: jax.Array, rhs: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-    lhs_format, rhs_format, _ = recipe.formats
-    return (
-        lax.bitcast_convert_type(lhs, lhs_format.dtype),
-        lax.bitcast_convert_type(rhs, rhs_format.dtype),
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -331,7 +260,7 @@ def _bf16_fwd(
     static: _Static, lhs: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     with jax.named_scope("bf16_dot/fwd"):
-        out = _gemm(lhs, rhs.astype(lhs.dtype), _FWD, static.lhs_dtype, _FAST)
+        out = gemm(lhs, rhs.astype(lhs.dtype), FWD, static.lhs_dtype, FAST)
     return out, (lhs, rhs)
 
 
@@ -340,11 +269,11 @@ def _bf16_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     lhs, rhs = residuals
     with jax.named_scope("bf16_dot/dgrad"):
-        dlhs = _gemm(
-            grad, rhs.astype(grad.dtype), _DGRAD, static.lhs_dtype, _FAST, static.lhs_sharding
+        dlhs = gemm(
+            grad, rhs.astype(grad.dtype), DGRAD, static.lhs_dtype, FAST, static.lhs_sharding
         )
     with jax.named_scope("bf16_dot/wgrad"):
-        drhs = _gemm(lhs, grad, _WGRAD, static.rhs_dtype, _FAST, static.rhs_sharding)
+        drhs = gemm(lhs, grad, WGRAD, static.rhs_dtype, FAST, static.rhs_sharding)
     return dlhs, drhs
 
 

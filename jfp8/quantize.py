@@ -86,7 +86,7 @@ def statistics(x: jax.Array, amax_bits: jax.Array, scale: jax.Array, format: For
 
     Args:
       x: `[rows, columns]`.
-      amax_bits: `group_amax_bits(x)`.
+      amax_bits: `group_amax_bits(x)`, or the bits of the amax of any up to 128 parts of x.
       scale: float32 `()`.
       format: that `x` is quantised to.
 
@@ -103,7 +103,8 @@ def statistics(x: jax.Array, amax_bits: jax.Array, scale: jax.Array, format: For
         saturated.sum(axis=(1, 2), dtype=jnp.int32),
         underflowed.sum(axis=(1, 2), dtype=jnp.int32),
     ]
-    return jnp.pad(jnp.stack(columns, axis=1), ((0, GROUPS - len(amax_bits)), (0, 0)))
+    padded = [jnp.pad(column, (0, GROUPS - len(column))) for column in columns]
+    return jnp.stack(padded, axis=1)
 
 
 def _sample(groups: jax.Array) -> jax.Array:
@@ -111,9 +112,9 @@ def _sample(groups: jax.Array) -> jax.Array:
     return groups[:, middle : middle + 1]
 
 
-def sampled_elements(x: jax.Array) -> int:
-    """How many elements of `x`, `[rows, columns]`, `statistics` counts."""
-    return math.prod(jax.eval_shape(lambda x: _sample(_grouped(x)), x).shape)
+def sampled_elements(rows: int, columns: int) -> int:
+    """How many elements of a matrix `statistics` counts."""
+    return math.gcd(rows, GROUPS) * columns
 
 
 def observe(seen: jax.Array, counted: tuple[int, ...], formats: tuple[Format, ...]) -> jax.Array:

@@ -9,6 +9,7 @@ from jfp8.formats import E4M3, E5M2, Format
 RecipeName = Literal["bf16", "delayed", "current"]
 GradientFormat = Literal["e5m2", "e4m3"]
 Calibration = Literal["inline", "explicit"]
+QuantizeImplementation = Literal["xla", "mosaic"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,9 @@ class Recipe:
     """What a delayed scale without history does. inline: it takes this call's own amax. explicit:
     it is NaN, so misuse is loud; the caller runs the first step with `recipe.calibrating()`, and
     then no quantisation ever waits for an amax."""
+    quantize_implementation: QuantizeImplementation = "xla"
+    """Who casts and transposes. xla: any device and shape. mosaic: Pallas kernels for Hopper, one
+    pass over each tensor; M and K must be multiples of 128, N of 64. Both cast alike."""
     skip: tuple[str, ...] = ()
     """Glob patterns of layer names that stay in bf16 (see `for_layer`)."""
 
@@ -42,6 +46,7 @@ class Recipe:
             ("name", get_args(RecipeName)),
             ("gradient_format", get_args(GradientFormat)),
             ("calibration", get_args(Calibration)),
+            ("quantize_implementation", get_args(QuantizeImplementation)),
         ):
             value = getattr(self, field)
             if value not in choices:

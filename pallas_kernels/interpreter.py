@@ -8,13 +8,13 @@ _interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreti
 
 
 @contextlib.contextmanager
-def interpret_kernels() -> Iterator[None]:
+def interpret_kernels(enabled: bool = True) -> Iterator[None]:
     """Makes `implementation="mosaic"` of the quantising kernels run on the CPU.
 
     Slow, with race detection: for tiny arrays. Affects what is traced inside the block, as
     `pallas_kernels.hardware.assume_device_kind` does.
     """
-    token = _interpreting.set(True)
+    token = _interpreting.set(enabled)
     try:
         yield
     finally:

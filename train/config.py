@@ -145,6 +145,8 @@ class Fp8Config:
     """8-bit format of the output gradients."""
     skip_layers: tuple[str, ...] = ()
     """Glob patterns of GEMM names (such as "*.down") that stay in bf16."""
+    quantize_implementation: Literal["xla", "mosaic"] = "xla"
+    """xla: any device. mosaic: Hopper's Pallas kernels, which cast and transpose in one pass."""
     minimum_fraction: float = 0.95
     """On a GPU, stop before the first step if less of the block GEMM FLOPs runs in FP8."""
     inspect_every: int = 0

@@ -34,6 +34,7 @@ def make_recipe(config: Fp8Config) -> jfp8.Recipe:
         margin=config.margin,
         gradient_format=config.gradient_format,
         calibration="explicit",
+        quantize_implementation=config.quantize_implementation,
         skip=config.skip_layers,
     )
 

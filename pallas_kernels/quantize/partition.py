@@ -4,10 +4,10 @@ A kernel is opaque to XLA's partitioner, which would otherwise gather its operan
 What happens depends on where the call is traced:
 
   jit over one device, or inside shard_map   the kernel, on the array at hand
-  jit over several devices                   the kernel, on each device's shard: rows and columns may
-                                             be split; an amax is the maximum over the devices that
-                                             split the columns, and stays apart for those that split
-                                             the rows
+  jit over several devices                   the kernel, on each device's shard: rows and columns
+                                             may be split; an amax is the maximum over the devices
+                                             that split columns, and stays apart for those that
+                                             split rows
   vmap                                       one matrix after the other
 """
 
