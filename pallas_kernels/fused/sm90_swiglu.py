@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.interpreter import is_interpreting
-from pallas_kernels.quantize import sm90_tiles
+from pallas_kernels.quantize import sm90_plan, sm90_tiles
 from pallas_kernels.quantize.contract import (
     Layouts,
     Quantized,
     device_reason,
     sm_count,
 )
-from pallas_kernels.quantize.sm90_tiles import PAIR_GROUP, Slab, TileConfig, TilePlan
+from pallas_kernels.quantize.sm90_plan import PAIR_GROUP, Slab, TileConfig, TilePlan
 
 _GATE, _UP = 0, 1
 FORWARD = TileConfig(tile_columns=128, warpgroups=1, ctas_per_sm=2)
@@ -101,7 +101,7 @@ def unsupported_reason(plan: TilePlan, gate_up: Array, group: int) -> str | None
         return f"group={group} must be {PAIR_GROUP}: a tile holds whole groups"
     if gate_up.dtype.itemsize != 2:
         return f"gate_up.dtype={gate_up.dtype} must have 16 bits; cast it"
-    return device_reason() or sm90_tiles.unsupported_reason(plan)
+    return device_reason() or sm90_plan.unsupported_reason(plan)
 
 
 def _sigmoid(x: Array) -> Array:

@@ -12,14 +12,14 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.interpreter import is_interpreting
-from pallas_kernels.quantize import sm90_tiles
+from pallas_kernels.quantize import sm90_plan, sm90_tiles
 from pallas_kernels.quantize.contract import (
     Layouts,
     Quantized,
     device_reason,
     sm_count,
 )
-from pallas_kernels.quantize.sm90_tiles import Slab, TileConfig, TilePlan
+from pallas_kernels.quantize.sm90_plan import Slab, TileConfig, TilePlan
 
 
 def config_for(columns: int, itemsize: int) -> TileConfig:
@@ -64,7 +64,7 @@ def make_plan(
 
 def unsupported_reason(plan: TilePlan) -> str | None:
     """Why the kernel cannot run the plan on the default device; None if it can."""
-    return device_reason() or sm90_tiles.unsupported_reason(plan)
+    return device_reason() or sm90_plan.unsupported_reason(plan)
 
 
 def quantize(

@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_kernels import hardware, swiglu_grad_quantize, swiglu_quantize
 from pallas_kernels.fused import sm90_swiglu
 from pallas_kernels.interpreter import interpret_kernels
-from pallas_kernels.quantize.sm90_tiles import TileConfig
+from pallas_kernels.quantize.sm90_plan import TileConfig
 from tests.pallas_kernels.compile_gate import ptxas_report
 from tests.pallas_kernels.quantize import reference
 

@@ -11,7 +11,7 @@ from pallas_kernels import hardware, quantize
 from pallas_kernels.interpreter import interpret_kernels
 from pallas_kernels.quantize import sm90
 from pallas_kernels.quantize.api import SUPPORTED_DTYPES
-from pallas_kernels.quantize.sm90_tiles import TileConfig
+from pallas_kernels.quantize.sm90_plan import TileConfig
 from tests.pallas_kernels.quantize import reference
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import hardware
-from pallas_kernels.quantize import sm90, sm90_tiles
-from pallas_kernels.quantize.sm90_tiles import TileConfig
+from pallas_kernels.quantize import sm90, sm90_plan
+from pallas_kernels.quantize.sm90_plan import TileConfig
 from tests.pallas_kernels.compile_gate import ptxas_report
 
 COMPILED = [
@@ -51,7 +51,7 @@ def test_shared_memory_by_hand():
     tile = 128 * 128
     barriers = 8 * (2 + 1)
     # Two warpgroups: 16 bits in, q and q_t out; the row maxima; what Mosaic GPU adds.
-    assert sm90_tiles.smem_bytes(plan) == 2 * (2 + 1 + 1) * tile + 1024 + barriers + 2176
+    assert sm90_plan.smem_bytes(plan) == 2 * (2 + 1 + 1) * tile + 1024 + barriers + 2176
 
 
 def test_small_work_starts_no_idle_programs():
