@@ -9,6 +9,7 @@ interpreter runs no dialect code; the GPU tests compare both.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -37,17 +38,53 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _NEG_INF = float("-inf")
 
 
-def tile_transforms(itemsize: int) -> tuple[Any, Any]:
+def tile_transforms(itemsize: int, columns: int | None = None) -> tuple[Any, Any]:
     """Returns the shared-memory layout that TMA writes and wgmma reads, for elements of `itemsize`
-    bytes.
+    bytes; `columns` is the length of a row if it may be shorter than the widest swizzle.
     """
-    return (
-        plgpu.TilingTransform((8, SWIZZLE_BYTES // itemsize)),
-        plgpu.SwizzleTransform(SWIZZLE_BYTES),
+    width = SWIZZLE_BYTES if columns is None else min(SWIZZLE_BYTES, columns * itemsize)
+    return plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width)
+
+
+def accumulator_as_8_bit_operand(p: Array, dtype: Any, *, interpret: bool) -> Array:
+    """Rounds an accumulator to 8 bits as the A operand of the next product, without moving data.
+
+    Thread t of a quad holds columns 8a + 2t + b (a, b = 0, 1) of every 16 as an accumulator, but
+    contracts positions 4t .. 4t + 3 of an operand. So position 4t + 2a + b of the result is column
+    8a + 2t + b, and the B operand must have its rows in that order (`fp8.permute_16`).
+
+    Args:
+      p: `[M, N]`, float32, layout `MATRIX`.
+      dtype: of the result, 8 bits.
+      interpret: use the twin in plain JAX.
+    """
+    if interpret:
+        split = p.reshape(p.shape[0], -1, 2, 4, 2).swapaxes(2, 3)
+        return _saturate(split.reshape(p.shape), dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct(p.shape, p.dtype, plgpu.Layout.WGMMA_8BIT),
     )
+    def relabel(_: Any, p: Any) -> Any:
+        layout = mgpu.WGMMA_LAYOUT_8BIT
+        registers = np.empty(layout.registers_shape(p.shape), dtype=object)
+        for index in np.ndindex(registers.shape):
+            m, j, *rest = index
+            halves = [p.registers[(m, 2 * j + a, *rest)] for a in (0, 1)]
+            registers[index] = mgpu.utils.vector_concat(halves)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return relabel(p).astype(dtype)
 
 
-def keep_columns(s: Array, first: Array, last: Array, *, interpret: bool) -> Array:
+def _saturate(x: Array, dtype: Any) -> Array:
+    """Rounds to 8 bits as the GPU's conversion does."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
+
+
+def keep_columns(s: Array, first: Array | None, last: Array, *, interpret: bool) -> Array:
     """Sets s[i, j] to -inf unless first[i] <= j <= last[i].
 
     Written by hand so that each element costs a comparison with an immediate: column indices made
@@ -55,19 +92,22 @@ def keep_columns(s: Array, first: Array, last: Array, *, interpret: bool) -> Arr
 
     Args:
       s: `[M, N]`, float32, layout `MATRIX`.
-      first: `[M]`, int32, layout `PER_ROW`.
-      last: like first.
+      first: `[M]`, int32, layout `PER_ROW`; None for no bound, which saves its registers.
+      last: like first, never None.
       interpret: use the twin in plain JAX.
     """
     if interpret:
         column = lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        return jnp.where((first[:, None] <= column) & (column <= last[:, None]), s, _NEG_INF)
+        seen = column <= last[:, None]
+        seen = seen if first is None else seen & (first[:, None] <= column)
+        return jnp.where(seen, s, _NEG_INF)
+    bounds = (last,) if first is None else (last, first)
 
     @plgpu.inline_mgpu(
-        arg_types=(MATRIX, PER_ROW, PER_ROW),
+        arg_types=(MATRIX, *(PER_ROW,) * len(bounds)),
         return_type=plgpu.ShapeDtypeStruct(s.shape, s.dtype, MATRIX),
     )
-    def keep(_: Any, s: Any, first: Any, last: Any) -> Any:
+    def keep(_: Any, s: Any, last: Any, first: Any = None) -> Any:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         lane_column = arith.muli(
             arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(4, i32)), mgpu.utils.c(2, i32)
@@ -77,7 +117,8 @@ def keep_columns(s: Array, first: Array, last: Array, *, interpret: bool) -> Arr
             """The values of this thread's two rows in each 64, relative to its first column."""
             return [arith.subi(vector.extract(r, [], [0]), lane_column) for r in x.registers.flat]
 
-        firsts, lasts = scalars(first), scalars(last)
+        lasts = scalars(last)
+        firsts = None if first is None else scalars(first)
         neg_inf = mgpu.utils.c(_NEG_INF, f32)
         registers = s.registers.reshape(s.shape[0] // ROWS, s.shape[1] // 8, 2).copy()
         for m, j, half in [
@@ -86,14 +127,13 @@ def keep_columns(s: Array, first: Array, last: Array, *, interpret: bool) -> Arr
             for j in range(registers.shape[1])
             for h in (0, 1)
         ]:
-            low, high = firsts[2 * m + half], lasts[2 * m + half]
             pair = registers[m, j, half]
             for b in (0, 1):
                 column = mgpu.utils.c(8 * j + b, i32)
-                seen = arith.andi(
-                    arith.cmpi(arith.CmpIPredicate.sle, low, column),
-                    arith.cmpi(arith.CmpIPredicate.sle, column, high),
-                )
+                seen = arith.cmpi(arith.CmpIPredicate.sle, column, lasts[2 * m + half])
+                if firsts is not None:
+                    low = arith.cmpi(arith.CmpIPredicate.sle, firsts[2 * m + half], column)
+                    seen = arith.andi(seen, low)
                 value = arith.select(seen, vector.extract(pair, [], [b]), neg_inf)
                 pair = vector.insert(value, pair, [], [b])
             registers[m, j, half] = pair
@@ -101,4 +141,44 @@ def keep_columns(s: Array, first: Array, last: Array, *, interpret: bool) -> Arr
             _registers=registers.reshape(s.registers.shape), _layout=s.layout, _is_signed=None
         )
 
-    return keep(s, first, last)
+    return keep(s, *bounds)
+
+
+def keep_equal(s: Array, row_ids: Array, column_ids: Array, *, interpret: bool) -> Array:
+    """Sets s[i, j] to -inf unless row_ids[i] == column_ids[j].
+
+    Written by hand so that each comparison is used at once: as a matrix of its own, the mask is
+    kept in registers.
+
+    Args:
+      s: `[M, N]`, float32, layout `MATRIX`.
+      row_ids: `[M]`, int32, layout `PER_ROW`.
+      column_ids: `[N]`, int32, layout `PER_COLUMN`.
+      interpret: use the twin in plain JAX.
+    """
+    if interpret:
+        return jnp.where(row_ids[:, None] == column_ids[None, :], s, _NEG_INF)
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX, PER_ROW, PER_COLUMN),
+        return_type=plgpu.ShapeDtypeStruct(s.shape, s.dtype, MATRIX),
+    )
+    def keep(_: Any, s: Any, row_ids: Any, column_ids: Any) -> Any:
+        neg_inf = mgpu.utils.c(_NEG_INF, ir.F32Type.get())
+        rows = [vector.extract(r, [], [0]) for r in row_ids.registers.flat]
+        columns = list(column_ids.registers.flat)
+        registers = s.registers.reshape(s.shape[0] // ROWS, s.shape[1] // 8, 2).copy()
+        for m, j, half in np.ndindex(*registers.shape):
+            pair = registers[m, j, half]
+            for b in (0, 1):
+                same = arith.cmpi(
+                    arith.CmpIPredicate.eq, rows[2 * m + half], vector.extract(columns[j], [], [b])
+                )
+                value = arith.select(same, vector.extract(pair, [], [b]), neg_inf)
+                pair = vector.insert(value, pair, [], [b])
+            registers[m, j, half] = pair
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(s.registers.shape), _layout=s.layout, _is_signed=None
+        )
+
+    return keep(s, row_ids, column_ids)

@@ -3,13 +3,13 @@
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 
 import math
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.flash_attention import cudnn, sm90, xla
+from pallas_kernels.flash_attention import cudnn, sm90, sm90_fp8, xla
 from pallas_kernels.flash_attention.config import (
     AttentionSpec,
     Fp8Options,
@@ -139,7 +139,7 @@ def flash_attention(
         implementation=implementation,
         return_lse=return_lse,
     )
-    run = _MODULES[choice.implementation].attention
+    run = _module(spec, choice.implementation).attention
     out, lse = run(q, k, v, q_segment_ids, kv_segment_ids, spec)
     if not return_lse:
         return out
@@ -252,7 +252,14 @@ def _choose(spec: AttentionSpec, implementation: Implementation | None) -> Choic
 
 def _unsupported_reason(spec: AttentionSpec, implementation: Implementation) -> str | None:
     """Why `implementation` cannot run `spec` here; None if it can."""
-    return _MODULES[implementation].unsupported_reason(spec)
+    return _module(spec, implementation).unsupported_reason(spec)
+
+
+def _module(spec: AttentionSpec, implementation: Implementation) -> Any:
+    """The module that implements `spec`."""
+    if implementation == "mosaic" and spec.precision == "fp8":
+        return sm90_fp8
+    return _MODULES[implementation]
 
 
 def _check_fp8_options(q: ArrayLike, precision: Precision, options: Fp8Options | None) -> None:

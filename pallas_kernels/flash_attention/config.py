@@ -86,6 +86,9 @@ class ForwardConfig:
     """A warpgroup's softmax runs during its own P V product."""
     reuse_q_smem: bool = False
     """The output leaves through Q's shared memory, which delays the next tile's Q."""
+    persistent: bool = True
+    """One CTA on each SM walks through many tiles; else each tile has a CTA of its own, which saves
+    a few registers."""
 
     def __post_init__(self) -> None:
         if self.compute_warpgroups not in _REGISTERS:

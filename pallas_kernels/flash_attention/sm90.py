@@ -107,30 +107,30 @@ def forward(
     plan = sm90_fwd_plan.Plan(
         spec=spec,
         config=config or tuning.forward_config(spec),
-        sm_count=_sm_count(),
+        sm_count=sm_count(),
         interpret=interpret,
     )
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
-        segments = _segment_operands(plan, q_segment_ids, kv_segment_ids)
-    q, k, v = (_pad_length(x) for x in (q, k, v))
+        segments = segment_operands(plan, q_segment_ids, kv_segment_ids)
+    q, k, v = (pad_length(x) for x in (q, k, v))
     out, lse = sm90_fwd_bf16.launch(q, k, v, segments, plan=plan)
     return out[:, : spec.query_length], lse
 
 
-def _pad_length(x: Array) -> Array:
+def pad_length(x: Array) -> Array:
     """Rounds the length of `[B, length, heads, H]` up to what TMA's tiles need; mostly a no-op."""
     padding = -x.shape[1] % GMEM_ROWS
     return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
 
 
-def _sm_count() -> int:
+def sm_count() -> int:
     """Multiprocessors of the default device; those of an H200 if it is not in the table."""
     facts = hardware.gpu_facts(hardware.current_device_kind())
     return facts.sm_count if facts else 132
 
 
-def _segment_operands(
+def segment_operands(
     plan: sm90_fwd_plan.Plan, q_segment_ids: Array, kv_segment_ids: Array
 ) -> tuple[Array, Array, Array]:
     """Pads the ids to whole tiles and works out which blocks each tile needs."""

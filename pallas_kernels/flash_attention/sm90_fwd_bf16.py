@@ -32,8 +32,19 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.sm90_fwd_loop import (
+    NEG_INF,
+    Loop,
+    mask,
+    pass_turn,
+    pin,
+    produce,
+    row_constant,
+    spread_rows,
+    take_turn,
+    wait_for_k,
+)
 from pallas_kernels.flash_attention.sm90_fwd_plan import (
-    BlockRange,
     Inputs,
     Plan,
     Scratch,
@@ -45,57 +56,10 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
 )
 from pallas_kernels.mosaic import (
     MATRIX,
-    PER_COLUMN,
     PER_ROW,
     ROWS,
-    keep_columns,
 )
 from pallas_kernels.numerics import LN2, LOG2E
-
-_NEG_INF = float("-inf")
-
-
-def _produce(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
-    """Loads Q of each tile, then its blocks of K and V, as their buffers become free."""
-    count, index = cta_tiles(plan)
-    stages, block_kv = plan.config.num_stages, plan.config.block_kv
-
-    def load_tile(i: Array, step: Array) -> Array:
-        tile = tile_of(plan, index(i))
-        kv_head = lax.div(tile.head, jnp.int32(plan.spec.num_heads // plan.spec.num_kv_heads))
-        blocks = block_range_of(plan, inputs.block_ranges, tile)
-        queries = pl.ds(tile.q_tile * plan.tile_q, plan.tile_q)
-        plgpu.barrier_wait(scratch.q_free)
-        plgpu.copy_gmem_to_smem(
-            inputs.q.at[tile.batch, queries, tile.head], scratch.q, scratch.q_full
-        )
-
-        def load_block(j: Array, step: Array) -> Array:
-            slot = lax.rem(step, jnp.int32(stages))
-            keys = pl.ds((blocks.stop - 1 - j) * block_kv, block_kv)
-            k_full, v_full = scratch.k_full.at[slot], scratch.v_full.at[slot]
-            plgpu.barrier_wait(scratch.k_free.at[slot])
-            plgpu.copy_gmem_to_smem(
-                inputs.k.at[tile.batch, keys, kv_head], scratch.k.at[slot], k_full
-            )
-            if plan.spec.has_segments:
-                plgpu.copy_gmem_to_smem(
-                    inputs.kv_ids.at[tile.batch, keys], scratch.kv_ids.at[slot], k_full
-                )
-            plgpu.barrier_wait(scratch.v_free.at[slot])
-            plgpu.copy_gmem_to_smem(
-                inputs.v.at[tile.batch, keys, kv_head], scratch.v.at[slot], v_full
-            )
-            return step + 1
-
-        return lax.fori_loop(0, blocks.stop - blocks.start, load_block, step)
-
-    lax.fori_loop(0, count, load_tile, jnp.int32(0))
-    if plan.interpret:  # which insists that somebody waits for every arrival
-        plgpu.barrier_wait(scratch.q_free)
-        for slot in range(stages):
-            plgpu.barrier_wait(scratch.k_free.at[slot])
-            plgpu.barrier_wait(scratch.v_free.at[slot])
 
 
 def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scratch) -> None:
@@ -120,9 +84,9 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scra
             ids = inputs.q_ids.at[tile.batch, pl.ds(first_query, ROWS)]
             q_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
         plgpu.barrier_wait(scratch.q_full)
-        state = _attend(_Loop(plan, scratch, blocks, first_query, step, q_ids))
+        state = _attend(Loop(plan, scratch, blocks, first_query, step, q_ids))
         # Working these out anew is cheaper than holding them in registers through the loop.
-        tile = tile_of(plan, index(_pin(plan, i)))
+        tile = tile_of(plan, index(pin(plan, i)))
         _store(plan, outputs, scratch, tile, state)
         return step + blocks.stop - blocks.start
 
@@ -130,28 +94,6 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scra
     if plan.config.ping_pong and plan.interpret:
         pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
-
-
-class _Loop(NamedTuple):
-    """What stays the same while ROWS queries meet their blocks of keys; block j of the loop is j-th
-    from the last.
-    """
-
-    plan: Plan
-    scratch: Scratch
-    blocks: BlockRange
-    first_query: Array
-    first_step: Array  # blocks that this CTA has loaded before: numbers the stages
-    q_ids: Array | None  # [ROWS]
-
-    @property
-    def num_blocks(self) -> Array:
-        """Blocks of this tile, at least 1."""
-        return self.blocks.stop - self.blocks.start
-
-    def stage(self, j: Array) -> Array:
-        """Returns which buffers hold block j."""
-        return lax.rem(self.first_step + j, jnp.int32(self.plan.config.num_stages))
 
 
 class _State(NamedTuple):
@@ -163,7 +105,7 @@ class _State(NamedTuple):
     p: Array  # [ROWS, block_kv]: the last block's P
 
 
-def _attend(loop: _Loop) -> _State:
+def _attend(loop: Loop) -> _State:
     """Runs the loop over key blocks for ROWS queries; `p` of the result is used up."""
     state = _first_block(loop)
     state = lax.fori_loop(1, loop.num_blocks, functools.partial(_next_block, loop), state)
@@ -181,46 +123,46 @@ def _attend(loop: _Loop) -> _State:
     return state._replace(out=out)
 
 
-def _first_block(loop: _Loop) -> _State:
+def _first_block(loop: Loop) -> _State:
     """Computes P of block 0."""
     plan, scratch = loop.plan, loop.scratch
     first = jnp.int32(0)
 
     def product(s_acc: Any) -> Array:
-        _take_turn(plan, scratch)
+        take_turn(plan, scratch)
         _issue_qk(loop, s_acc, first)
-        _pass_turn(plan, scratch)
+        pass_turn(plan, scratch)
         return s_acc[...]
 
-    _wait_for_k(loop, first)
+    wait_for_k(loop, first)
     s = pl.run_scoped(product, _logits_type(plan))
-    row_max, row_sum = _row_constant(_NEG_INF, jnp.float32), _row_constant(0.0, jnp.float32)
+    row_max, row_sum = row_constant(NEG_INF, jnp.float32), row_constant(0.0, jnp.float32)
     p, row_max, row_sum, _ = _softmax(loop, first, s, row_max, row_sum)
     plgpu.barrier_arrive(scratch.k_free.at[loop.stage(first)])
-    _wait_for_k(loop, first + 1)
+    wait_for_k(loop, first + 1)
     out = jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32)
     return _State(plgpu.layout_cast(out, MATRIX), row_max, row_sum, p.astype(plan.spec.dtype))
 
 
-def _next_block(loop: _Loop, j: Array, state: _State) -> _State:
+def _next_block(loop: Loop, j: Array, state: _State) -> _State:
     """Computes P of block j, and adds the product of block j - 1 to the output."""
     plan, scratch = loop.plan, loop.scratch
     k_free, v_free = scratch.k_free.at[loop.stage(j)], scratch.v_free.at[loop.stage(j - 1)]
 
     def products(s_acc: Any, o_acc: Any) -> tuple[tuple[Array, ...], Array]:
-        _take_turn(plan, scratch)
+        take_turn(plan, scratch)
         _issue_qk(loop, s_acc, j)
         plgpu.barrier_wait(scratch.v_full.at[loop.stage(j - 1)])
         _issue_pv(loop, o_acc, state, j - 1)
-        _pass_turn(plan, scratch)
+        pass_turn(plan, scratch)
         if plan.config.overlap:
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             result = _softmax(loop, j, s, state.row_max, state.row_sum)
             plgpu.barrier_arrive(k_free)
             # The pin, and the branch of the wait, keep ptxas from moving the wait for P V
             # ahead of the softmax.
-            result = _pin(plan, result)
-            _wait_for_k(loop, j + 1)
+            result = pin(plan, result)
+            wait_for_k(loop, j + 1)
             out = _read_out(loop, o_acc, state)
             plgpu.barrier_arrive(v_free)
             return result, out
@@ -228,15 +170,15 @@ def _next_block(loop: _Loop, j: Array, state: _State) -> _State:
         plgpu.barrier_arrive(v_free)
         result = _softmax(loop, j, s_acc[...], state.row_max, state.row_sum)
         plgpu.barrier_arrive(k_free)
-        _wait_for_k(loop, j + 1)
+        wait_for_k(loop, j + 1)
         return result, out
 
     types = _logits_type(plan), _out_type(plan)
     (p, row_max, row_sum, decay), out = pl.run_scoped(products, *types)
     # The registers of the old P feed the product that is in flight until `out` is read; writing
     # the new P earlier would make ptxas serialise the wgmmas.
-    p, out = _pin(plan, (p, out))
-    return _State(out * _rows(decay, out.shape), row_max, row_sum, p.astype(plan.spec.dtype))
+    p, out = pin(plan, (p, out))
+    return _State(out * spread_rows(decay, out.shape), row_max, row_sum, p.astype(plan.spec.dtype))
 
 
 def _logits_type(plan: Plan) -> Any:
@@ -249,21 +191,13 @@ def _out_type(plan: Plan) -> Any:
     return plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
 
 
-def _wait_for_k(loop: _Loop, j: Array) -> None:
-    """Waits until K of block j has arrived, if the tile has that many."""
-
-    @pl.when(j < loop.num_blocks)
-    def _() -> None:
-        plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
-
-
-def _issue_qk(loop: _Loop, s_acc: Any, j: Array) -> None:
+def _issue_qk(loop: Loop, s_acc: Any, j: Array) -> None:
     """Starts S = Q K^T of block j."""
     q = loop.scratch.q.at[pl.ds(lax.axis_index("wg") * ROWS, ROWS)]
     plgpu.wgmma(s_acc, q, loop.scratch.k.at[loop.stage(j)].transpose((1, 0)))
 
 
-def _issue_pv(loop: _Loop, o_acc: Any, state: _State, j: Array) -> None:
+def _issue_pv(loop: Loop, o_acc: Any, state: _State, j: Array) -> None:
     """Starts O += P V of block j."""
     v = loop.scratch.v.at[loop.stage(j)]
     if loop.plan.interpret:
@@ -276,83 +210,22 @@ def _issue_pv(loop: _Loop, o_acc: Any, state: _State, j: Array) -> None:
         plgpu.wgmma(o_acc, state.p, v)
 
 
-def _read_out(loop: _Loop, o_acc: Any, state: _State) -> Array:
+def _read_out(loop: Loop, o_acc: Any, state: _State) -> Array:
     """Waits for O += P V."""
     return state.out + o_acc[...] if loop.plan.interpret else o_acc[...]
 
 
-def _pin(plan: Plan, x: Any) -> Any:
-    """Keeps the compiler from moving the computation of x past this point, or from merging it."""
-    return x if plan.interpret else lax.optimization_barrier(x)
-
-
-def _take_turn(plan: Plan, scratch: Scratch) -> None:
-    """Waits until this warpgroup may issue matrix products."""
-    if plan.config.ping_pong:
-        plgpu.barrier_wait(scratch.turn.at[lax.axis_index("wg")])
-
-
-def _pass_turn(plan: Plan, scratch: Scratch) -> None:
-    """Lets the next warpgroup issue its matrix products."""
-    if plan.config.ping_pong:
-        wgs = jnp.int32(plan.config.compute_warpgroups)
-        plgpu.barrier_arrive(scratch.turn.at[lax.rem(lax.axis_index("wg") + 1, wgs)])
-
-
-def _rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """Broadcasts one value per row, [ROWS], to a matrix."""
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
-def _row_constant(value: Any, dtype: Any) -> Array:
-    """Returns `value` for each row."""
-    return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), PER_ROW)
-
-
-def _mask(loop: _Loop, j: Array, s: Array) -> Array:
-    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
-    plan, spec, blocks = loop.plan, loop.plan.spec, loop.blocks
-    block = blocks.stop - 1 - j
-    first_key = block * plan.config.block_kv
-    is_ragged = spec.key_length % plan.config.block_kv != 0
-    if spec.band.is_full and not spec.has_segments and not is_ragged:
-        return s
-
-    def masked() -> Array:
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
-        # Columns of this block that the query of each row sees.
-        query = row + (loop.first_query - first_key)
-        last_key = _row_constant(spec.key_length - 1 - first_key, jnp.int32)
-        # A side without a bound gets one that no key reaches: bounds that do not depend on `row`
-        # leave Mosaic GPU's layout inference without an anchor, and it gives up after minutes.
-        right = spec.key_length if spec.band.right is None else spec.band.right
-        left = plan.padded_query_length if spec.band.left is None else spec.band.left
-        last = jnp.minimum(last_key, query + right)
-        first = query - left
-        seen = keep_columns(s, first, last, interpret=plan.interpret)
-        if loop.q_ids is None:
-            return seen
-        kv_ids = plgpu.load(loop.scratch.kv_ids.at[loop.stage(j)], layout=PER_COLUMN)
-        # Orders this read before TMA's next write to the same buffer.
-        plgpu.commit_smem()
-        same = _rows(loop.q_ids, s.shape) == lax.broadcast_in_dim(kv_ids, s.shape, [1])
-        return jnp.where(same, seen, _NEG_INF)
-
-    needs_mask = (block < blocks.full_start) | (block >= blocks.full_stop)
-    return lax.cond(needs_mask, masked, lambda: s)
-
-
 def _softmax(
-    loop: _Loop, j: Array, s: Array, row_max: Array, row_sum: Array
+    loop: Loop, j: Array, s: Array, row_max: Array, row_sum: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Masks S of block j; returns P, the new row maximum and sum, and exp2(m - m')."""
     scale = loop.plan.spec.softmax_scale * LOG2E
-    s = _mask(loop, j, s)
+    s = mask(loop, j, s)
     new_max = jnp.maximum(row_max, s.max(axis=1) * scale)
     # A row without any key so far has maximum -inf; 0 keeps inf - inf out of the exponent.
-    reference = jnp.where(new_max == _NEG_INF, 0.0, new_max)
+    reference = jnp.where(new_max == NEG_INF, 0.0, new_max)
     decay = jnp.exp2(row_max - reference)
-    p = jnp.exp2(s * scale - _rows(reference, s.shape))
+    p = jnp.exp2(s * scale - spread_rows(reference, s.shape))
     return p, new_max, row_sum * decay + p.sum(axis=1), decay
 
 
@@ -369,8 +242,8 @@ def _store(
     out_smem = (scratch.q if plan.config.reuse_q_smem else scratch.out).at[rows]
     is_empty = state.row_sum == 0.0
     row_sum = jnp.where(is_empty, 1.0, state.row_sum)
-    out = state.out * _rows(1.0 / row_sum, state.out.shape)
-    lse = jnp.where(is_empty, _NEG_INF, state.row_max * LN2 + jnp.log(row_sum))
+    out = state.out * spread_rows(1.0 / row_sum, state.out.shape)
+    lse = jnp.where(is_empty, NEG_INF, state.row_max * LN2 + jnp.log(row_sum))
     queries = pl.ds(tile.q_tile * plan.tile_q + lax.axis_index("wg") * ROWS, ROWS)
     lse_gmem.at[tile.batch, tile.head, queries][...] = lse
     # The previous tile's output may still be on its way out of this buffer.
@@ -400,7 +273,7 @@ def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     @pl.when(wg == wgs)
     def _() -> None:
         plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
-        _produce(plan, inputs, scratch)
+        produce(plan, inputs, scratch)
 
 
 def launch(

@@ -1,6 +1,6 @@
 """Flash attention forward, SM90: the plan: shared memory and tile schedule.
 
-Split from `sm90_fwd_bf16`, whose text explains the warps and barriers.
+Shared by `sm90_fwd_bf16` and `sm90_fwd_fp8`, whose texts explain the warps and barriers.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Plan:
     @property
     def num_ctas(self) -> int:
         """CTAs launched."""
-        return min(self.sm_count, self.num_tiles)
+        return min(self.sm_count, self.num_tiles) if self.config.persistent else self.num_tiles
 
     @property
     def tile_q(self) -> int:
@@ -89,7 +89,7 @@ class Scratch(NamedTuple):
 
     q: Any  # [tile_q, H]; also the output if config.reuse_q_smem
     k: Any  # [num_stages, block_kv, H]
-    v: Any  # [num_stages, block_kv, H]
+    v: Any  # [num_stages, block_kv, H]; in FP8 [num_stages, H, block_kv]
     out: Any  # [tile_q, H], or None
     kv_ids: Any  # [num_stages, block_kv], int32, or None
     p: Any  # [C, ROWS, block_kv], interpreter only: the A operand of P V
@@ -106,16 +106,20 @@ def scratch_types(plan: Plan) -> Scratch:
     """Returns the shared-memory plan: the single source of the allocation and of `smem_bytes`."""
     config, spec = plan.config, plan.spec
     wgs, stages, block_kv = config.compute_warpgroups, config.num_stages, config.block_kv
-    dtype = jnp.dtype(spec.dtype)
+    is_fp8 = spec.precision == "fp8"
+    factor = jnp.dtype(jnp.float8_e4m3fn if is_fp8 else spec.dtype)
 
-    def tile(shape: tuple[int, ...]) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=tile_transforms(dtype.itemsize))
+    def tile(shape: tuple[int, ...], dtype: Any = factor) -> Any:
+        itemsize = jnp.dtype(dtype).itemsize
+        return plgpu.SMEM(shape, dtype, transforms=tile_transforms(itemsize, shape[-1]))
 
+    # 8-bit wgmma has no transposed operand.
+    v_shape = (spec.head_dim, block_kv) if is_fp8 else (block_kv, spec.head_dim)
     return Scratch(
         q=tile((plan.tile_q, spec.head_dim)),
         k=tile((stages, block_kv, spec.head_dim)),
-        v=tile((stages, block_kv, spec.head_dim)),
-        out=None if config.reuse_q_smem else tile((plan.tile_q, spec.head_dim)),
+        v=tile((stages, *v_shape)),
+        out=None if config.reuse_q_smem else tile((plan.tile_q, spec.head_dim), spec.dtype),
         kv_ids=plgpu.SMEM((stages, block_kv), jnp.int32) if spec.has_segments else None,
         p=tile((wgs, ROWS, block_kv)) if plan.interpret else None,
         q_full=plgpu.Barrier(),
@@ -145,10 +149,12 @@ class Inputs(NamedTuple):
 
     q: Any  # [B, T, N, H]
     k: Any  # [B, S, K, H]
-    v: Any  # [B, S, K, H]
+    v: Any  # [B, S, K, H]; in FP8 [B, K, H, padded S]
     q_ids: Any  # [B, padded T], int32, or None
     kv_ids: Any  # [B, padded S], int32, or None
     block_ranges: Any  # [B, num_q_tiles, 4], int32, or None: see `BlockRange`
+    factor: Any = None  # [B, K], float32, FP8 only: c of `fp8`
+    v_scale: Any = None  # [B, K], float32, FP8 only
 
 
 class Tile(NamedTuple):

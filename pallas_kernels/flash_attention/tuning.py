@@ -5,8 +5,9 @@ import functools
 import importlib.resources
 import itertools
 import json
+from collections.abc import Iterator
 
-from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
+from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig, Precision
 from pallas_kernels.flash_attention.sm90_fwd_plan import Plan, smem_bytes
 from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
 
@@ -14,25 +15,30 @@ _TABLE = "tuned_h200.json"
 
 
 def mask_kind(spec: AttentionSpec) -> str:
-    """Returns the class of masks that a config is tuned for: "full", "causal" or "window"."""
+    """Returns the class of masks that a config is tuned for: "full", "causal", "window" or
+    "packed".
+    """
+    if spec.has_segments:
+        return "packed"
     if spec.band.left is not None:
         return "window"
     return "full" if spec.band.right is None else "causal"
 
 
 @functools.cache
-def tuned_forward_configs() -> dict[tuple[int, str], ForwardConfig]:
+def tuned_forward_configs(precision: Precision = "bf16") -> dict[tuple[int, str], ForwardConfig]:
     """Returns the shipped forward configs by head dim and kind of mask."""
+    section = "forward" if precision == "bf16" else f"forward_{precision}"
     text = importlib.resources.files(__package__).joinpath(_TABLE).read_text()
     return {
         (entry["head_dim"], entry["mask"]): ForwardConfig(**entry["config"])
-        for entry in json.loads(text)["forward"]
+        for entry in json.loads(text)[section]
     }
 
 
 def forward_config(spec: AttentionSpec) -> ForwardConfig:
     """Returns the config for `spec`: the tuned one, or for a window that of the causal mask."""
-    table = tuned_forward_configs()
+    table = tuned_forward_configs(spec.precision)
     kind = mask_kind(spec)
     config = table.get((spec.head_dim, kind)) or table[(spec.head_dim, "causal")]
     # A single warpgroup has nobody to take turns with, and short queries would leave it idle.
@@ -43,6 +49,8 @@ def forward_config(spec: AttentionSpec) -> ForwardConfig:
 
 def forward_candidates(spec: AttentionSpec) -> list[tuple[ForwardConfig, str | None]]:
     """Returns configs worth timing for `spec`, each with the reason why it is rejected, or None."""
+    if spec.precision == "fp8":
+        return [(config, rejection(config, spec)) for config in _fp8_candidates()]
     # (overlap, ping_pong): without either, nothing hides the softmax.
     schedules = ((True, True), (False, True), (True, False))
     candidates = []
@@ -61,14 +69,49 @@ def forward_candidates(spec: AttentionSpec) -> list[tuple[ForwardConfig, str | N
     return candidates
 
 
+def _registers(config: ForwardConfig, spec: AttentionSpec) -> tuple[int, int]:
+    """Registers of a thread's share of 64 rows, and of all the rest, as ptxas needs them."""
+    logits, out = config.block_kv // 2, spec.head_dim // 2
+    if spec.precision == "bf16":
+        # S, O and P; row statistics, addresses, loop counters.
+        return logits + out + config.block_kv // 4, 46
+    # P in 8 bits, and P V apart from O unless O is too wide.
+    product = out + config.block_kv // 8 + (out if spec.head_dim <= 128 else 0)
+    if config.overlap:
+        return product + logits, 32
+    # In turns, the addresses of both products are held.
+    return max(out + logits, product), 28 if config.ping_pong else 16
+
+
+def _fp8_candidates() -> Iterator[ForwardConfig]:
+    """Yields the FP8 forward's configs."""
+    # (ping_pong, overlap, persistent): without turns a tile may have a CTA of its own.
+    schedules = (
+        (False, False, True),
+        (False, False, False),
+        (True, False, True),
+        (True, True, True),
+    )
+    for wgs, (block_kv, stages), schedule in itertools.product(
+        (3, 2), ((128, 4), (128, 2), (256, 2), (64, 4)), schedules
+    ):
+        ping_pong, overlap, persistent = schedule
+        yield ForwardConfig(
+            compute_warpgroups=wgs,
+            block_kv=block_kv,
+            num_stages=stages,
+            ping_pong=ping_pong,
+            overlap=overlap,
+            persistent=persistent,
+        )
+
+
 def rejection(config: ForwardConfig, spec: AttentionSpec) -> str | None:
     """Returns why `config` cannot or should not run `spec`, or None."""
     used = smem_bytes(Plan(spec=spec, config=config, sm_count=1))
     if used > SM90_SMEM_BYTES_PER_BLOCK:
         return f"needs {used} bytes of shared memory of {SM90_SMEM_BYTES_PER_BLOCK}"
-    # A thread holds S, O and P of 64 rows: block_kv / 2 + H / 2 + block_kv / 4 registers.
-    live = config.block_kv // 2 + spec.head_dim // 2 + config.block_kv // 4
-    spare = 46  # row statistics, addresses, loop counters
+    live, spare = _registers(config, spec)
     if live + spare > config.compute_registers:
         return f"needs about {live + spare} registers of {config.compute_registers}; would spill"
     separate = dataclasses.replace(config, reuse_q_smem=False)

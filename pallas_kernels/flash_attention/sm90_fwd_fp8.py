@@ -1,0 +1,367 @@
+"""Flash attention forward for sm_90a in FP8 (E4M3), written in Pallas Mosaic GPU.
+
+The maths is `fp8`'s. For each tile of queries, over the blocks j of keys that it sees, last first:
+  X_j = c Q K_j^T,   u = max(u, rowmax(X_j)),   r_j = max(rowmax(X_j), u - MAX_RISE)
+  P_j = exp2(X_j - r_j + P_BITS),   l = l d + rowsum(P_j),   O = O d + round8(P_j) V_j,
+  d = exp2(r_{j+1} - r_j);   at the end out = v_scale O / l,  lse2 = r + log2(l) - P_BITS
+Each P_j V_j has a fresh accumulator, which is added to O in float32: the tensor cores keep about 14
+bits of an 8-bit product's sum, which one block does not exhaust, and the addition is also the
+rescaling of O (cf. Zhang et al. 2024, arXiv:2411.10958). Head dim 256 has no registers for that.
+
+The warps and barriers are those of `sm90_fwd_bf16`:
+
+  warpgroup             does                                    waits for            then arrives at
+  compute 0..C-1        X, softmax, O for 64 queries each       q_full k_full v_full k_free v_free
+  q_free producer (last)       TMA loads of Q, K, V^T, segment ids     q_free k_free v_free (TMA)
+  q_full k_full v_full
+
+P leaves the registers of X's accumulator and becomes the A operand of P V without moving
+(`accumulator_as_8_bit_operand`); for that, V^T has its keys in the order of `fp8.permute_16`.
+Without ping-pong nothing orders the warpgroups: with three of them, some are in the softmax while
+one multiplies. With it, a warpgroup issues P_j V_j and X_{j+1} in its turn; with overlap too, both
+are in flight at once (which takes 64 registers more).
+
+Not supported: head dims other than 64, 128, 256, biases, dropout, logit soft-capping.
+(Shah et al. 2024, arXiv:2407.08608; sinks and the order of keys: arXiv:2606.06521.)
+"""
+
+# Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
+# warpgroups.
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.fp8 import E4M3, MAX_RISE, P_BITS, Statistics
+from pallas_kernels.flash_attention.sm90_fwd_loop import (
+    NEG_INF,
+    Loop,
+    for_each_tile,
+    mask,
+    pass_turn,
+    pin,
+    produce,
+    row_constant,
+    spread_rows,
+    take_turn,
+    wait_for_k,
+)
+from pallas_kernels.flash_attention.sm90_fwd_plan import (
+    Inputs,
+    Plan,
+    Scratch,
+    Tile,
+    block_range_of,
+    scratch_types,
+    tile_of,
+)
+from pallas_kernels.mosaic import (
+    MATRIX,
+    PER_ROW,
+    ROWS,
+    accumulator_as_8_bit_operand,
+)
+
+_MAX_PROMOTED_HEAD_DIM = 128
+"""A wider O has no room for a second accumulator: P V is then added on the tensor cores."""
+_LOWEST = -1e30
+"""Reference of a row that has seen no key: below every logit, but finite."""
+
+
+class _State(NamedTuple):
+    """The softmax of ROWS queries after some blocks."""
+
+    out: Array  # [ROWS, H], float32: sum of P V, relative to r
+    reference: Array  # [ROWS]: r - P_BITS of the last block
+    top: Array  # [ROWS]: u
+    row_sum: Array  # [ROWS]: l, relative to r
+
+
+def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scratch) -> None:
+    """Computes ROWS queries of each tile."""
+    wg = lax.axis_index("wg")
+    wgs = plan.config.compute_warpgroups
+    # All buffers start out free.
+    plgpu.barrier_arrive(scratch.q_free)
+    for slot in range(plan.config.num_stages):
+        plgpu.barrier_arrive(scratch.k_free.at[slot])
+        plgpu.barrier_arrive(scratch.v_free.at[slot])
+    if plan.config.ping_pong:
+        pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(scratch.turn.at[0]))
+
+    def compute_tile(index: Callable[[], Array], step: Array) -> Array:
+        tile = tile_of(plan, index())
+        blocks = block_range_of(plan, inputs.block_ranges, tile)
+        first_query = tile.q_tile * plan.tile_q + wg * ROWS
+        q_ids = None
+        if plan.spec.has_segments:
+            ids = inputs.q_ids.at[tile.batch, pl.ds(first_query, ROWS)]
+            q_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
+        factor = inputs.factor[tile.batch, _kv_head(plan, tile)]
+        plgpu.barrier_wait(scratch.q_full)
+        state = _attend(Loop(plan, scratch, blocks, first_query, step, q_ids), factor)
+        _store(plan, inputs, outputs, scratch, tile_of(plan, index()), state)
+        return step + blocks.stop - blocks.start
+
+    for_each_tile(plan, compute_tile)
+    if plan.config.ping_pong and plan.interpret:
+        pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kv_head(plan: Plan, tile: Tile) -> Array:
+    """Index of the tile's key/value head."""
+    return lax.div(tile.head, jnp.int32(plan.spec.num_heads // plan.spec.num_kv_heads))
+
+
+def _attend(loop: Loop, factor: Array) -> _State:
+    """Runs the loop over key blocks for ROWS queries."""
+    plan = loop.plan
+    zeros = jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32)
+    state = _State(
+        plgpu.layout_cast(zeros, MATRIX),
+        row_constant(_LOWEST, jnp.float32),
+        row_constant(NEG_INF, jnp.float32),
+        row_constant(0.0, jnp.float32),
+    )
+    if not plan.config.ping_pong:
+        step = functools.partial(_block, loop, factor)
+        state = lax.fori_loop(0, loop.num_blocks, step, state)
+        plgpu.barrier_arrive(loop.scratch.q_free)
+        return state
+    first = jnp.int32(0)
+    wait_for_k(loop, first)
+    take_turn(plan, loop.scratch)
+    logits = _first_logits(loop)
+    step = functools.partial(_block_in_turn, loop, factor)
+    state, logits = lax.fori_loop(0, loop.num_blocks - 1, step, (state, logits))
+    plgpu.barrier_arrive(loop.scratch.q_free)
+    last = loop.num_blocks - 1
+    p, decay, state = _softmax(loop, factor, last, logits, state)
+    plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(last)])
+    return state._replace(out=_add_pv(loop, last, p, decay, state.out))
+
+
+def _block(loop: Loop, factor: Array, j: Array, state: _State) -> _State:
+    """Adds block j."""
+    plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
+
+    def product(acc: Any) -> Array:
+        _issue_qk(loop, acc, j)
+        return acc[...]
+
+    logits = pl.run_scoped(product, _logits_type(loop.plan))
+    p, decay, state = _softmax(loop, factor, j, logits, state)
+    # This wait also keeps ptxas from mixing the softmax with what follows, and spilling.
+    plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(j)])
+    return state._replace(out=_add_pv(loop, j, p, decay, state.out))
+
+
+def _first_logits(loop: Loop) -> Array:
+    """Computes Q K^T of block 0 in this warpgroup's turn, and passes it on."""
+
+    def product(acc: Any) -> Array:
+        _issue_qk(loop, acc, jnp.int32(0))
+        pass_turn(loop.plan, loop.scratch)
+        return acc[...]
+
+    return pl.run_scoped(product, _logits_type(loop.plan))
+
+
+def _block_in_turn(
+    loop: Loop, factor: Array, j: Array, carry: tuple[_State, Array]
+) -> tuple[_State, Array]:
+    """Adds block j, whose logits are given, and computes those of block j + 1."""
+    plan, scratch = loop.plan, loop.scratch
+    state, logits = carry
+    p, decay, state = _softmax(loop, factor, j, logits, state)
+    plgpu.barrier_wait(scratch.v_full.at[loop.stage(j)])
+    plgpu.barrier_wait(scratch.k_full.at[loop.stage(j + 1)])
+    take_turn(plan, scratch)
+    if not plan.config.overlap:
+        out = _add_pv(loop, j, p, decay, state.out)
+
+        def product(acc: Any) -> Array:
+            _issue_qk(loop, acc, j + 1)
+            pass_turn(plan, scratch)
+            return acc[...]
+
+        return state._replace(out=out), pl.run_scoped(product, _logits_type(plan))
+
+    def products(o_acc: Any, s_acc: Any) -> tuple[Array, Array]:
+        _issue_pv(loop, o_acc, p, j)
+        _issue_qk(loop, s_acc, j + 1)
+        pass_turn(plan, scratch)
+        added = plgpu.wgmma_accumulator_load(o_acc, wait_n=1)
+        plgpu.barrier_arrive(scratch.v_free.at[loop.stage(j)])
+        out = state.out * spread_rows(decay, added.shape) + added
+        return out, s_acc[...]
+
+    out, logits = pl.run_scoped(products, _pv_type(plan), _logits_type(plan))
+    return state._replace(out=out), logits
+
+
+def _logits_type(plan: Plan) -> Any:
+    """Accumulator of Q K^T."""
+    return plgpu.ACC((ROWS, plan.config.block_kv), jnp.float32)
+
+
+def _pv_type(plan: Plan) -> Any:
+    """Accumulator of P V."""
+    return plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
+
+
+def _issue_qk(loop: Loop, acc: Any, j: Array) -> None:
+    """Starts Q K^T of block j."""
+    q = loop.scratch.q.at[pl.ds(lax.axis_index("wg") * ROWS, ROWS)]
+    plgpu.wgmma(acc, q, loop.scratch.k.at[loop.stage(j)].transpose((1, 0)))
+
+
+def _issue_pv(loop: Loop, acc: Any, p: Array, j: Array) -> None:
+    """Starts P V of block j."""
+    v = loop.scratch.v.at[loop.stage(j)]
+    if loop.plan.interpret:  # which takes no A operand in registers
+        p_smem = loop.scratch.p.at[lax.axis_index("wg")]
+        p_smem[...] = p
+        plgpu.commit_smem()
+        p = p_smem
+    plgpu.wgmma(acc, p, v.transpose((1, 0)))
+
+
+def _add_pv(loop: Loop, j: Array, p: Array, decay: Array, out: Array) -> Array:
+    """Returns O * decay + P V of block j, and frees V's buffer."""
+    out = out * spread_rows(decay, out.shape)
+    in_place = loop.plan.spec.head_dim > _MAX_PROMOTED_HEAD_DIM and not loop.plan.interpret
+
+    def product(acc: Any) -> Array:
+        if in_place:
+            acc[...] = out
+        _issue_pv(loop, acc, p, j)
+        return acc[...] if in_place else out + acc[...]
+
+    out = pl.run_scoped(product, _pv_type(loop.plan))
+    plgpu.barrier_arrive(loop.scratch.v_free.at[loop.stage(j)])
+    return out
+
+
+def _softmax(
+    loop: Loop, factor: Array, j: Array, logits: Array, state: _State
+) -> tuple[Array, Array, _State]:
+    """Returns P of block j in 8 bits, d, and the state but for O."""
+    logits = mask(loop, j, logits)
+    # The products have read the block's keys, the mask its segment ids.
+    plgpu.barrier_arrive(loop.scratch.k_free.at[loop.stage(j)])
+    local = logits.max(axis=1) * factor
+    top = jnp.maximum(state.top, local)
+    reference = jnp.maximum(local, top - MAX_RISE) - float(P_BITS)
+    # A row without any key so far has maximum -inf; inf - inf must not reach the exponent.
+    reference = jnp.maximum(reference, _LOWEST)
+    decay = jnp.exp2(state.reference - reference)
+    p = jnp.exp2(logits * factor - spread_rows(reference, logits.shape))
+    row_sum = state.row_sum * decay + p.sum(axis=1)
+    operand = accumulator_as_8_bit_operand(p, E4M3, interpret=loop.plan.interpret)
+    # Converted before the product starts: its registers must not change while it runs.
+    operand, reference, top, row_sum, decay = pin(
+        loop.plan, (operand, reference, top, row_sum, decay)
+    )
+    return operand, decay, _State(state.out, reference, top, row_sum)
+
+
+def _store(
+    plan: Plan,
+    inputs: Inputs,
+    outputs: tuple[Any, ...],
+    scratch: Scratch,
+    tile: Tile,
+    state: _State,
+) -> None:
+    """Normalises O, writes it through shared memory, and the statistics directly."""
+    out_gmem, lse2_gmem, top_gmem = outputs
+    wg = lax.axis_index("wg")
+    is_empty = state.row_sum == 0.0
+    row_sum = jnp.where(is_empty, 1.0, state.row_sum)
+    lse2 = jnp.where(is_empty, NEG_INF, state.reference + jnp.log2(row_sum))
+    queries = pl.ds(tile.q_tile * plan.tile_q + wg * ROWS, ROWS)
+    lse2_gmem.at[tile.batch, tile.head, queries][...] = lse2
+    top_gmem.at[tile.batch, tile.head, queries][...] = state.top
+    inverse = inputs.v_scale[tile.batch, _kv_head(plan, tile)] / row_sum
+    out_smem = scratch.out.at[pl.ds(wg * ROWS, ROWS)]
+    # The previous tile's output may still be on its way out of this buffer.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out = state.out * spread_rows(inverse, state.out.shape)
+    out_smem[...] = out.astype(plan.spec.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tile.batch, queries, tile.head])
+
+
+def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
+    """Splits the warpgroups into compute and producer."""
+    num_inputs = 8 if plan.spec.has_segments else 5
+    q, k, v, factor, v_scale, *segments = refs[:num_inputs]
+    q_ids, kv_ids, ranges = segments or (None, None, None)
+    inputs = Inputs(q, k, v, q_ids, kv_ids, ranges, factor, v_scale)
+    outputs = refs[num_inputs:]
+    scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
+    wg = lax.axis_index("wg")
+    wgs = plan.config.compute_warpgroups
+
+    @pl.when(wg < wgs)
+    def _() -> None:
+        plgpu.set_max_registers(plan.config.compute_registers, action="increase")
+        _compute(plan, inputs, outputs, scratch)
+
+    @pl.when(wg == wgs)
+    def _() -> None:
+        plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
+        produce(plan, inputs, scratch)
+
+
+def launch(
+    q: Array,
+    k: Array,
+    v_t: Array,
+    factor: Array,
+    v_scale: Array,
+    segments: tuple[Array, Array, Array] | None,
+    *,
+    plan: Plan,
+) -> tuple[Array, Statistics]:
+    """Runs the kernel.
+
+    Args:
+      q: `[B, T, N, H]`, E4M3; T and S may be rounded up to `GMEM_ROWS` here.
+      k: `[B, S, K, H]`, E4M3.
+      v_t: `[B, K, H, padded S]`, E4M3, zero in the padding, keys in the order of `fp8.permute_16`.
+      factor: `[B, K]`, float32: c.
+      v_scale: `[B, K]`, float32.
+      segments: ids `[B, padded T]` and `[B, padded S]`, and block ranges `[B, num_q_tiles, 4]`, all
+        int32; or None.
+      plan: shapes, config and device.
+
+    Returns:
+      Output like q in spec.dtype, and statistics `[B, N, padded T]`.
+    """
+    spec = plan.spec
+    scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
+    rows = jax.ShapeDtypeStruct(
+        (spec.batch_size, spec.num_heads, plan.padded_query_length), jnp.float32
+    )
+    out, lse2, top = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=(jax.ShapeDtypeStruct(q.shape, spec.dtype), rows, rows),
+        scratch_types=scratch,
+        grid=(plan.num_ctas,),
+        grid_names=("cta",),
+        num_threads=plan.config.compute_warpgroups + 1,
+        thread_name="wg",
+        kernel_name="flash_attention_fwd_fp8",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
+    )(q, k, v_t, factor, v_scale, *(segments or ()))
+    return out, Statistics(lse2, top)

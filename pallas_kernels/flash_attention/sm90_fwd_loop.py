@@ -1,0 +1,173 @@
+"""Flash attention forward, SM90: what the kernels of all precisions do alike: the producer, turns
+of the warpgroups, masks.
+"""
+
+# Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
+# warpgroups.
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.sm90_fwd_plan import (
+    BlockRange,
+    Inputs,
+    Plan,
+    Scratch,
+    block_range_of,
+    cta_tiles,
+    tile_of,
+)
+from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, keep_equal
+
+NEG_INF = float("-inf")
+
+
+def for_each_tile(plan: Plan, body: Callable[[Callable[[], Array], Array], Array]) -> None:
+    """Calls `step = body(index, step)` for each tile of this CTA, the first time with step 0.
+
+    `index()` works out the tile's index anew: cheaper than holding it in registers.
+    """
+    if plan.num_ctas == plan.num_tiles:
+        body(lambda: lax.axis_index("cta"), jnp.int32(0))
+        return
+    count, index = cta_tiles(plan)
+    lax.fori_loop(0, count, lambda i, step: body(lambda: index(pin(plan, i)), step), jnp.int32(0))
+
+
+def produce(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
+    """Loads Q of each tile, then its blocks of K and V, as their buffers become free."""
+    stages, block_kv = plan.config.num_stages, plan.config.block_kv
+
+    def load_tile(index: Callable[[], Array], step: Array) -> Array:
+        tile = tile_of(plan, index())
+        kv_head = lax.div(tile.head, jnp.int32(plan.spec.num_heads // plan.spec.num_kv_heads))
+        blocks = block_range_of(plan, inputs.block_ranges, tile)
+        queries = pl.ds(tile.q_tile * plan.tile_q, plan.tile_q)
+        plgpu.barrier_wait(scratch.q_free)
+        plgpu.copy_gmem_to_smem(
+            inputs.q.at[tile.batch, queries, tile.head], scratch.q, scratch.q_full
+        )
+
+        def load_block(j: Array, step: Array) -> Array:
+            slot = lax.rem(step, jnp.int32(stages))
+            keys = pl.ds((blocks.stop - 1 - j) * block_kv, block_kv)
+            k_full, v_full = scratch.k_full.at[slot], scratch.v_full.at[slot]
+            plgpu.barrier_wait(scratch.k_free.at[slot])
+            plgpu.copy_gmem_to_smem(
+                inputs.k.at[tile.batch, keys, kv_head], scratch.k.at[slot], k_full
+            )
+            if plan.spec.has_segments:
+                plgpu.copy_gmem_to_smem(
+                    inputs.kv_ids.at[tile.batch, keys], scratch.kv_ids.at[slot], k_full
+                )
+            plgpu.barrier_wait(scratch.v_free.at[slot])
+            if plan.spec.precision == "fp8":
+                v = inputs.v.at[tile.batch, kv_head, :, keys]
+            else:
+                v = inputs.v.at[tile.batch, keys, kv_head]
+            plgpu.copy_gmem_to_smem(v, scratch.v.at[slot], v_full)
+            return step + 1
+
+        return lax.fori_loop(0, blocks.stop - blocks.start, load_block, step)
+
+    for_each_tile(plan, load_tile)
+    if plan.interpret:  # which insists that somebody waits for every arrival
+        plgpu.barrier_wait(scratch.q_free)
+        for slot in range(stages):
+            plgpu.barrier_wait(scratch.k_free.at[slot])
+            plgpu.barrier_wait(scratch.v_free.at[slot])
+
+
+class Loop(NamedTuple):
+    """What stays the same while ROWS queries meet their blocks of keys; block j of the loop is j-th
+    from the last.
+    """
+
+    plan: Plan
+    scratch: Scratch
+    blocks: BlockRange
+    first_query: Array
+    first_step: Array  # blocks that this CTA has loaded before: numbers the stages
+    q_ids: Array | None  # [ROWS]
+
+    @property
+    def num_blocks(self) -> Array:
+        """Blocks of this tile, at least 1."""
+        return self.blocks.stop - self.blocks.start
+
+    def stage(self, j: Array) -> Array:
+        """Returns which buffers hold block j."""
+        return lax.rem(self.first_step + j, jnp.int32(self.plan.config.num_stages))
+
+
+def wait_for_k(loop: Loop, j: Array) -> None:
+    """Waits until K of block j has arrived, if the tile has that many."""
+
+    @pl.when(j < loop.num_blocks)
+    def _() -> None:
+        plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
+
+
+def pin(plan: Plan, x: Any) -> Any:
+    """Keeps the compiler from moving the computation of x past this point, or from merging it."""
+    return x if plan.interpret else lax.optimization_barrier(x)
+
+
+def take_turn(plan: Plan, scratch: Scratch) -> None:
+    """Waits until this warpgroup may issue matrix products."""
+    if plan.config.ping_pong:
+        plgpu.barrier_wait(scratch.turn.at[lax.axis_index("wg")])
+
+
+def pass_turn(plan: Plan, scratch: Scratch) -> None:
+    """Lets the next warpgroup issue its matrix products."""
+    if plan.config.ping_pong:
+        wgs = jnp.int32(plan.config.compute_warpgroups)
+        plgpu.barrier_arrive(scratch.turn.at[lax.rem(lax.axis_index("wg") + 1, wgs)])
+
+
+def spread_rows(x: Array, shape: tuple[int, ...]) -> Array:
+    """Broadcasts one value per row, [ROWS], to a matrix."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def row_constant(value: Any, dtype: Any) -> Array:
+    """Returns `value` for each row."""
+    return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), PER_ROW)
+
+
+def mask(loop: Loop, j: Array, s: Array) -> Array:
+    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
+    plan, spec, blocks = loop.plan, loop.plan.spec, loop.blocks
+    is_ragged = spec.key_length % plan.config.block_kv != 0
+    if spec.band.is_full and not spec.has_segments and not is_ragged:
+        return s
+
+    def masked() -> Array:
+        first_key = (blocks.stop - 1 - j) * plan.config.block_kv
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+        # Columns of this block that the query of each row sees.
+        query = row + (loop.first_query - first_key)
+        # Without a bound on the right, one that no key reaches: bounds that do not depend on `row`
+        # leave Mosaic GPU's layout inference without an anchor, and it gives up after minutes.
+        last = query + (spec.key_length if spec.band.right is None else spec.band.right)
+        if is_ragged:
+            last_key = row_constant(spec.key_length - 1 - first_key, jnp.int32)
+            last = jnp.minimum(last_key, last)
+        first = None if spec.band.left is None else query - spec.band.left
+        seen = keep_columns(s, first, last, interpret=plan.interpret)
+        if loop.q_ids is None:
+            return seen
+        kv_ids = plgpu.load(loop.scratch.kv_ids.at[loop.stage(j)], layout=PER_COLUMN)
+        # Orders this read before TMA's next write to the same buffer.
+        plgpu.commit_smem()
+        return keep_equal(seen, loop.q_ids, kv_ids, interpret=plan.interpret)
+
+    block = blocks.stop - 1 - j
+    needs_mask = (block < blocks.full_start) | (block >= blocks.full_stop)
+    return lax.cond(needs_mask, masked, lambda: s)
