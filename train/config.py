@@ -89,8 +89,9 @@ class ModelConfig:
     layer_loop: Literal["scan", "unroll"] = "scan"
     """scan: one compiled block over stacked weights (fast compile); unroll: separate blocks (fast
     step)."""
-    remat: Literal["none", "dots", "block"] = "none"
-    """What the backward recomputes: nothing; all but GEMM and attention outputs; whole blocks."""
+    remat: Literal["none", "dots", "attention", "block"] = "none"
+    """What the backward recomputes: nothing; all but GEMM and attention outputs; all but attention;
+    whole blocks."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jfp8
 import jfp8.nnx
 from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RESIDUAL_NAMES
 from train.config import ModelConfig
 from train.embedding import embed
 from train.swiglu import swiglu
@@ -111,7 +112,7 @@ class Attention(nnx.Module):
             precision=config.attention_precision,
             implementation=attention_implementation(config),
         )
-        attended = see_attention(self.taps, q, k, v, checkpoint_name(attended, "attended"))
+        attended = see_attention(self.taps, q, k, v, attended)
         return apply_linear(
             self.taps, "out", self.out, attended.reshape(batch, length, heads * head_dim)
         )
@@ -241,17 +242,19 @@ class Transformer(nnx.Module):
         return jax.lax.scan(lambda x, state: (apply(state, x), None), x, stacked)[0]
 
 
-# What the backward finds saved under remat="dots": GEMM and attention outputs, and each GEMM's
-# 8-bit operands in place of the 16-bit values they were made from.
-_SAVED_NAMES = ("qkv", "attended", "gate_up", *jfp8.RESIDUAL_NAMES)
+# What the backward finds saved. Under remat="dots" that is GEMM and attention outputs, and each
+# GEMM's 8-bit operands in place of the 16-bit values they were made from.
+_SAVED_NAMES = {
+    "dots": ("qkv", "gate_up", *ATTENTION_RESIDUAL_NAMES, *jfp8.RESIDUAL_NAMES),
+    "attention": ATTENTION_RESIDUAL_NAMES,
+    "block": (),
+}
 
 
 def _rematerialised(function: Callable, config: ModelConfig) -> Callable:
     if config.remat == "none":
         return function
-    if config.remat == "block":
-        return jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
-    policy = jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES)
+    policy = jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES[config.remat])
     return jax.checkpoint(function, policy=policy)
 
 

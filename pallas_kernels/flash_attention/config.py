@@ -7,6 +7,10 @@ from typing import Literal
 
 from pallas_kernels.flash_attention.masks import Band
 
+RESIDUAL_NAMES = ("attention_out", "attention_lse")
+"""`checkpoint_name`s of what the backward needs beside q, k and v: a remat policy that saves them,
+such as `jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)`, runs no kernel twice."""
+
 Implementation = Literal["xla", "cudnn", "mosaic"]
 Precision = Literal["bf16", "fp8", "int8"]
 

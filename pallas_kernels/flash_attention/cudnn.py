@@ -8,16 +8,19 @@ numbers).
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention.config import AttentionSpec
+from pallas_kernels.flash_attention.config import RESIDUAL_NAMES, AttentionSpec
 from pallas_kernels.flash_attention.masks import dense_mask
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
@@ -80,14 +83,15 @@ def attention(
     if q_segment_ids is not None and kv_segment_ids is not None:
         bias, sees_a_key = _segment_bias(q_segment_ids, kv_segment_ids, spec)
 
-    def run(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        out, lse = _call(q, k, v, bias, spec, return_lse=True)
-        return out, lse.transpose(0, 2, 1)
-
     if spec.return_lse:
+
+        def run(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+            out, lse = _attend(q, k, v, bias, spec)
+            return out, lse.transpose(0, 2, 1)
+
         out, lse = add_lse_gradient(run, spec.softmax_scale)(q, k, v)
     else:
-        out, lse = _call(q, k, v, bias, spec, return_lse=False), None
+        out, lse = _attend(q, k, v, bias, spec)
     if sees_a_key is not None:
         # cuDNN averages all values where every key is masked.
         out = jnp.where(sees_a_key[..., None, None], out, 0)
@@ -155,23 +159,54 @@ def _segment_bias(
     return bias, mask.any(axis=-1)
 
 
-def _call(
-    q: Array, k: Array, v: Array, bias: Array | None, spec: AttentionSpec, *, return_lse: bool
-):
-    """Calls JAX's binding; returns out, or `(out, lse [B, N, T])`."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
+    q: Array, k: Array, v: Array, bias: Array | None, spec: AttentionSpec
+) -> tuple[Array, Array | None]:
+    """Returns out, and lse `[B, N, T]` if `spec.return_lse`.
+
+    JAX's binding has a gradient already, but one whose residuals have no names: rematerialised, it
+    runs the forward kernel again for the log-sum-exp, whatever the policy saves.
+    """
+    if spec.return_lse:
+        return cudnn._dot_product_attention(*_operands(q, k, v, bias), *_options(bias, spec, True))
+    out = cudnn._dot_product_attention(*_operands(q, k, v, bias), *_options(bias, spec, False))
+    return out, None
+
+
+def _attend_fwd(q, k, v, bias, spec):
+    arguments = (*_operands(q, k, v, bias), *_options(bias, spec, True))
+    outputs, _ = cudnn._dot_product_attention_fwd_rule(*arguments)
+    out, lse = map(checkpoint_name, outputs, RESIDUAL_NAMES)
+    return (out, lse if spec.return_lse else None), (q, k, v, bias, out, lse)
+
+
+def _attend_bwd(spec, residuals, gradients):
+    q, k, v, bias, out, lse = residuals
+    dq, dk, dv, *_ = cudnn._dot_product_attention_bwd_rule(
+        *_options(bias, spec, True), (*_operands(q, k, v, bias), lse, out), (gradients[0], None)
+    )
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _operands(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, ...]:
+    """The arrays of JAX's binding."""
     unused = jnp.zeros(0, q.dtype)
-    is_causal = spec.band.right == 0
-    return cudnn._dot_product_attention(
-        q,
-        k,
-        v,
-        unused if bias is None else bias,
-        *(unused,) * 6,  # sequence lengths, offsets and page tables of other features
+    # After the bias: sequence lengths, offsets and page tables of other features.
+    return q, k, v, unused if bias is None else bias, *(unused,) * 6
+
+
+def _options(bias: Array | None, spec: AttentionSpec, return_lse: bool) -> tuple[Any, ...]:
+    """The static arguments of JAX's binding."""
+    return (
         spec.softmax_scale,
         0,  # dropout seed
         0.0,  # dropout rate
         (bias is not None, False),  # has a bias, wants its gradient
-        cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK,
+        cudnn.MaskType.CAUSAL if spec.band.right == 0 else cudnn.MaskType.NO_MASK,
         cudnn.AttentionLayout.BTNH.value,
         # cuDNN counts the query itself: it sees keys in (t - length, t].
         None if spec.band.left is None else spec.band.left + 1,

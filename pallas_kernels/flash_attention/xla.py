@@ -7,9 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.flash_attention import fp8, fp8_xla
-from pallas_kernels.flash_attention.config import AttentionSpec
+from pallas_kernels.flash_attention.config import RESIDUAL_NAMES, AttentionSpec
 from pallas_kernels.reference import attention_reference
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
@@ -45,6 +46,19 @@ def attention(
     """Computes `(out, lse)` as `attention_reference` does, holding a chunk of the logits; in FP8 as
     `fp8` does.
     """
+    out, lse = _attention(q, k, v, q_segment_ids, kv_segment_ids, spec)
+    # The layer after this one needs `out` in its backward, whoever made it.
+    return checkpoint_name(out, RESIDUAL_NAMES[0]), lse
+
+
+def _attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    spec: AttentionSpec,
+) -> tuple[Array, Array]:
     if spec.precision == "fp8":
         return fp8.attention(q, k, v, q_segment_ids, kv_segment_ids, spec, fp8_xla)
     run = functools.partial(attention_reference, softmax_scale=spec.softmax_scale, band=spec.band)

@@ -15,7 +15,9 @@ class _Reached(Exception):
 def test_options_of_the_user_stay(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true --xla_dump_to=x")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     environment.prepare_environment()
+    assert environment.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     flags = environment.os.environ["XLA_FLAGS"].split()
     assert flags[:2] == ["--xla_gpu_enable_triton_gemm=true", "--xla_dump_to=x"]
     assert set(flags[2:]) == {f for f in environment.XLA_FLAGS if "triton" not in f}

@@ -117,7 +117,7 @@ def loss_and_gradients(config, recipe=BF16):
 
 
 @pytest.mark.parametrize("recipe", [BF16, CURRENT], ids=["bf16", "current"])
-@pytest.mark.parametrize("remat", ["dots", "block"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "block"])
 def test_remat_changes_no_bit(remat, recipe):
     expected = loss_and_gradients(CONFIG, recipe)
     got = loss_and_gradients(dataclasses.replace(CONFIG, remat=remat), recipe)

@@ -1,5 +1,6 @@
 """cuDNN attention as far as it goes without a GPU: refusals, lowering, the gradient of lse."""
 
+import functools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import flash_attention, hardware
+from pallas_kernels.flash_attention.config import RESIDUAL_NAMES
 from pallas_kernels.flash_attention.cudnn import add_lse_gradient
 from tests.pallas_kernels.cases import Case
 
@@ -65,6 +67,25 @@ def test_lowers_to_one_forward_and_one_backward_call(options, mask_type, sliding
         assert config["mask_type"] == mask_type
         assert config["sliding_window_length"] == sliding_window
         assert config["fmha_scale"] == 0.5
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "forward_calls"), [(RESIDUAL_NAMES, 1), (RESIDUAL_NAMES[:1], 2), ((), 2)]
+)
+def test_a_remat_policy_can_keep_what_the_backward_needs(saved, forward_calls, return_lse):
+    q = array(2, 64, 4, 128)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    def f(q, k, v):
+        out = flash_attention(
+            2 * q, 2 * k, 2 * v, is_causal=True, implementation="cudnn", return_lse=return_lse
+        )
+        return loss(jnp.sin(out[0] if return_lse else out))
+
+    targets, _ = calls(lower(jax.value_and_grad(f, argnums=(0, 1, 2)), q, q, q))
+    expected = ["__cudnn$fmhaSoftmax"] * forward_calls + ["__cudnn$fmhaSoftmaxBackward"]
+    assert targets == expected
 
 
 def test_segment_ids_become_a_bias_without_gradient():
