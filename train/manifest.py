@@ -98,7 +98,13 @@ class Manifest:
           DamageError: with up to five of the differences.
         """
         paths = _files(folder)
-        problems = [f"{name} is missing" for name in self.files if name not in paths]
+        # A link could make arrays out of any file of this machine.
+        problems = [
+            f"{path.relative_to(folder).as_posix()} is a link"
+            for path in sorted(folder.rglob("*"))
+            if path.is_symlink()
+        ]
+        problems += [f"{name} is missing" for name in self.files if name not in paths]
         problems += [
             f"{name} does not belong there (delete it to use the checkpoint)"
             for name in paths
