@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 ROWS = 64
 """Rows of a wgmma instruction: M is a multiple of this."""
@@ -76,6 +76,59 @@ def accumulator_as_8_bit_operand(p: Array, dtype: Any, *, interpret: bool) -> Ar
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return relabel(p).astype(dtype)
+
+
+_PAIRS_OF_ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+"""Registers of `[M / 2, N]` units of 16 bits that pair the rows of an accumulator 8 apart."""
+
+
+def store_transposed_8_bits(x: Array, target: Any, dtype: Any, *, interpret: bool) -> None:
+    """Rounds an accumulator to 8 bits and stores it transposed, without moving data between
+    threads.
+
+    Rows 8a + g (a = 0, 1) of every 16 rows go to columns 2g + a (`fp8.permute_28`): a thread holds
+    both, so they make one 16-bit unit, and stmatrix transposes matrices of such units.
+
+    Args:
+      x: `[M, N]`, float32, layout `MATRIX`.
+      target: shared memory, `[N, M / 2]` typed bfloat16, or if `interpret` `[N, M]` in `dtype`.
+      dtype: of the bytes.
+      interpret: use the twin in plain JAX.
+    """
+    if interpret:
+        split = x.reshape(-1, 2, 8, x.shape[1]).swapaxes(1, 2)
+        target[...] = _saturate(split.reshape(x.shape).T, dtype)
+        return
+    name = "e4m3" if jnp.dtype(dtype) == jnp.float8_e4m3fn else "e5m2"
+    convert = f"""{{
+        .reg .b16 first, second;
+        cvt.rn.satfinite.{name}x2.f32 first, $2, $1;
+        cvt.rn.satfinite.{name}x2.f32 second, $4, $3;
+        mov.b32 $0, {{first, second}};
+        }}"""
+    shape = (x.shape[0] // 2, x.shape[1])
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, _PAIRS_OF_ROWS),
+    )
+    def pack(_: Any, x: Any) -> Any:
+        layout = _PAIRS_OF_ROWS.to_mgpu()
+        unit_pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        source = x.registers.reshape(-1, 2)  # of 8 rows, and of those 8 further down
+        units = []
+        for low, high in source:
+            values = [vector.extract(pair, [], [b]) for b in (0, 1) for pair in (low, high)]
+            packed: Any = llvm.inline_asm(
+                ir.IntegerType.get_signless(32), values, convert, "=r,f,f,f,f"
+            )
+            units.append(mgpu.utils.bitcast(packed, unit_pair))
+        registers = np.asarray(units, dtype=object).reshape(layout.registers_shape(shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    target.transpose((1, 0))[...] = pack(x)
 
 
 def _saturate(x: Array, dtype: Any) -> Array:

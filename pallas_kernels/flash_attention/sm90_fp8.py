@@ -4,15 +4,20 @@ padding. The maths is `fp8`'s, the kernels are in `sm90_fwd_fp8` and `sm90_bwd_f
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 
+import dataclasses
+import functools
 import sys
 
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention import fp8, sm90, sm90_fwd_fp8, tuning
+from pallas_kernels.flash_attention import fp8, sm90, sm90_bwd_fp8, sm90_fwd_fp8, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
+from pallas_kernels.flash_attention.masks import Band
 from pallas_kernels.flash_attention.sm90_fwd_plan import Plan
+
+BACKWARD_HEAD_DIMS = (64, 128)
 
 
 def unsupported_reason(spec: AttentionSpec) -> str | None:
@@ -95,12 +100,112 @@ def fp8_backward(
     q_segment_ids: Array | None,
     kv_segment_ids: Array | None,
     spec: AttentionSpec,
+    *,
+    interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8.Kernels.fp8_backward`."""
-    del inputs, gradients, q_segment_ids, kv_segment_ids, spec
-    raise NotImplementedError(
-        "precision='fp8' has no backward kernel yet; use implementation='xla' to differentiate"
+    """Implements `fp8.Kernels.fp8_backward`; `interpret` runs it in the CPU interpreter."""
+    reason = _backward_unsupported_reason(spec)
+    if reason is not None:
+        raise NotImplementedError(f"precision='fp8' cannot be differentiated here: {reason}")
+    plan = sm90_bwd_fp8.Plan(spec=spec, interpret=interpret)
+    length = plan.num_q_blocks * sm90_bwd_fp8.BLOCK_Q
+    key_length = plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV
+    queries = functools.partial(_pad, length=length)
+    keys = functools.partial(_pad, length=key_length)
+    columns = lambda x: x.transpose(0, 2, 3, 1)  # noqa: E731
+    rows = jnp.stack(
+        [
+            _pad_rows(x, length, value)
+            for x, value in (
+                (gradients.offset, fp8.NO_ROW),
+                (gradients.slope, 0.0),
+                (gradients.delta, 0.0),
+            )
+        ],
+        axis=2,
     )
+    rows = rows.reshape(*rows.shape[:3], -1, sm90_bwd_fp8.BLOCK_Q).swapaxes(2, 3)
+    ids = None, None
+    if q_segment_ids is not None and kv_segment_ids is not None:
+        ids = _pad_ids(q_segment_ids, length), _pad_ids(kv_segment_ids, key_length)
+    operands = sm90_bwd_fp8.Inputs(
+        q=queries(inputs.q),
+        k=keys(inputs.k),
+        v=keys(inputs.v),
+        dout=queries(gradients.dout),
+        q_t=fp8.permute_16(columns(queries(gradients.q_rows)), 3),
+        dout_t=fp8.permute_16(columns(queries(gradients.dout_rows)), 3),
+        k_t=fp8.permute_28(columns(keys(inputs.k)), 3),
+        rows=rows,
+        factor=fp8.exponent_factor(inputs, spec),
+        block_ranges=query_block_ranges(plan, *ids),
+        q_ids=ids[0],
+        kv_ids=ids[1],
+    )
+    dq, dk, dv = sm90_bwd_fp8.launch(operands, plan=plan)
+    return dq[:, : spec.query_length], dk[:, : spec.key_length], dv[:, : spec.key_length]
+
+
+def query_block_ranges(plan: sm90_bwd_fp8.Plan, q_ids: Array | None, kv_ids: Array | None) -> Array:
+    """Returns which query blocks each tile of keys needs, as `sm90.block_ranges` does the reverse.
+
+    Args:
+      plan: of the backward.
+      q_ids: `[B, padded T]`, int32, or None.
+      kv_ids: `[B, padded S]`, int32, or None.
+
+    Returns:
+      `[B, num_kv_tiles, 4]`, int32, B = 1 without ids.
+    """
+    spec = plan.spec
+    if q_ids is None or kv_ids is None:
+        q_ids = jnp.zeros((1, plan.num_q_blocks * sm90_bwd_fp8.BLOCK_Q), jnp.int32)
+        kv_ids = jnp.zeros((1, plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV), jnp.int32)
+    mirrored = dataclasses.replace(
+        spec,
+        band=Band(left=spec.band.right, right=spec.band.left),
+        query_length=spec.key_length,
+        key_length=spec.query_length,
+    )
+    ranges = sm90.block_ranges(
+        kv_ids.reshape(kv_ids.shape[0], plan.num_kv_tiles, -1),
+        q_ids.reshape(q_ids.shape[0], plan.num_q_blocks, -1),
+        mirrored,
+    )
+    if spec.key_length % sm90_bwd_fp8.TILE_KV == 0:
+        return ranges
+    # The last tile reaches beyond the keys: all its blocks are masked.
+    return ranges.at[:, -1, 2:].set(plan.num_q_blocks)
+
+
+def _backward_unsupported_reason(spec: AttentionSpec) -> str | None:
+    """Returns why the FP8 backward kernel cannot run `spec`, or None if it can."""
+    if spec.head_dim not in BACKWARD_HEAD_DIMS:
+        return (
+            f"q.shape[3]={spec.head_dim} is not one of {BACKWARD_HEAD_DIMS}; pass"
+            " fp8_options=Fp8Options(backward='bf16')"
+        )
+    if spec.fp8.deterministic:
+        return (
+            "the kernel adds dq in the order in which tiles finish; pass"
+            " fp8_options=Fp8Options(backward='bf16') or deterministic=False"
+        )
+    return None
+
+
+def _pad(x: Array, length: int) -> Array:
+    """Appends zeros to `[B, length, heads, H]`."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _pad_rows(x: Array, length: int, value: float) -> Array:
+    """Appends `value` to `[B, N, length]`."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), constant_values=value)
+
+
+def _pad_ids(ids: Array, length: int) -> Array:
+    """Repeats the last id, which adds no document to the last tile."""
+    return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), mode="edge")
 
 
 def bf16_backward(

@@ -1,0 +1,446 @@
+"""Flash attention backward for sm_90a in FP8, in Pallas Mosaic GPU: five products, one kernel.
+
+The maths is `fp8`'s. A CTA owns 128 keys of one key/value head, 64 for each of its two compute
+warpgroups, and visits the blocks of 64 queries that see them, head by head of the group:
+  X^T = c K Q^T,        P^T = exp2(X^T - offset)            both round8 of P^T and dS^T stay in the
+  dP^T = V dO^T,        dS^T = P^T (slope dP^T - delta)     accumulator's registers as A operands
+  dV += P^T dO 2^-E,    dK += dS^T q 2^(R - E - t)          accumulators of the whole tile
+  dQ += dS K                                                in float32 to global memory, by TMA
+offset, slope and delta are numbers of each query; their powers of two bound P and dS ahead of time.
+
+  warpgroup      does                                       waits for              then arrives at
+  compute 0, 1   S^T, dP^T, dV, dK for 64 keys;             kv_full rows_full      rows_free
+                 dQ for half of the head dim                columns_full           columns_free
+  producer (2)   TMA loads                                  rows_free columns_free (TMA) the *_full
+
+8-bit wgmma has no transposed operands, so each factor comes in the order in which it is contracted:
+q and dO as rows and as columns (`fp8.permute_16` along the queries, the order that accumulators
+have as A operands), k as rows and as columns (`fp8.permute_28` along the keys). dS reaches shared
+memory transposed: the bytes of keys g and g + 8 make one 16-bit unit, and stmatrix transposes
+units; hence that order. `dS_full` and `dS_free` order the exchange between the warpgroups.
+
+Not supported: head dims other than 64 and 128 (dK and dV of 256 do not fit the registers); adding
+dQ in a fixed order.
+"""
+
+# Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.config import AttentionSpec
+from pallas_kernels.flash_attention.fp8 import E4M3, E5M2
+from pallas_kernels.flash_attention.sm90_fwd_plan import BlockRange
+from pallas_kernels.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    accumulator_as_8_bit_operand,
+    keep_columns,
+    keep_equal,
+    store_transposed_8_bits,
+    tile_transforms,
+)
+
+BLOCK_Q = 64
+"""Queries of one step."""
+TILE_KV = 2 * ROWS
+"""Keys of one CTA."""
+_WARPGROUPS = 2
+_REGISTERS, _PRODUCER_REGISTERS = 240, 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything static about one launch."""
+
+    spec: AttentionSpec
+    """What is computed."""
+    num_stages: int = 2
+    """Buffers for each of the query side's factors."""
+    interpret: bool = False
+    """Runs in the CPU interpreter, which lacks A operands in registers and TMA additions."""
+
+    @property
+    def num_kv_tiles(self) -> int:
+        """Tiles along S; the last may reach beyond it."""
+        return pl.cdiv(self.spec.key_length, TILE_KV)
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Blocks along T; the last may reach beyond it."""
+        return pl.cdiv(self.spec.query_length, BLOCK_Q)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key/value head."""
+        return self.spec.num_heads // self.spec.num_kv_heads
+
+    @property
+    def gradient_dtype(self) -> Any:
+        """Of dO."""
+        return {"e4m3": E4M3, "e5m2": E5M2}[self.spec.fp8.gradient_format]
+
+    @property
+    def dq_columns(self) -> int:
+        """Channels of dQ that a warpgroup computes."""
+        return self.spec.head_dim // _WARPGROUPS
+
+
+class Inputs(NamedTuple):
+    """Global memory that the kernel reads; lengths are rounded up to whole blocks or tiles."""
+
+    q: Any  # [B, T, N, H]
+    k: Any  # [B, S, K, H]
+    v: Any  # [B, S, K, H]
+    dout: Any  # [B, T, N, H]
+    q_t: Any  # [B, N, H, T]: q 2^(R - E - t), in the order of permute_16
+    dout_t: Any  # [B, N, H, T]: dO 2^-E, in the order of permute_16
+    k_t: Any  # [B, K, H, S], in the order of permute_28
+    rows: Any  # [B, N, T / BLOCK_Q, 3, BLOCK_Q], float32: offset, slope, delta
+    factor: Any  # [B, K], float32: c
+    block_ranges: Any  # [B or 1, num_kv_tiles, 4], int32: `BlockRange` of query blocks
+    q_ids: Any = None  # [B, T], int32, or None
+    kv_ids: Any = None  # [B, S], int32, or None
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of one CTA; a barrier's comment names producer and consumer."""
+
+    k: Any  # [TILE_KV, H]
+    v: Any  # [TILE_KV, H]
+    k_t: Any  # [2, H, ROWS]
+    q: Any  # [num_stages, BLOCK_Q, H]
+    dout: Any  # [num_stages, BLOCK_Q, H]
+    q_t: Any  # [num_stages, H, BLOCK_Q]
+    dout_t: Any  # [num_stages, H, BLOCK_Q]
+    rows: Any  # [num_stages, 3, BLOCK_Q], float32
+    q_ids: Any  # [num_stages, BLOCK_Q], int32, or None
+    ds: Any  # [2, BLOCK_Q, ROWS]: dS of each warpgroup, as bytes and as units of 16 bits
+    dq: Any  # [2, BLOCK_Q, dq_columns], float32
+    operands: Any  # [2, 2, ROWS, BLOCK_Q], interpreter only: A operands of dV and dK
+    kv_full: Any  # TMA -> compute
+    rows_full: Any  # TMA -> compute, one per stage: q, dout and the numbers of each query
+    columns_full: Any  # TMA -> compute, one per stage: q_t and dout_t
+    rows_free: Any  # compute -> producer, one per stage
+    columns_free: Any  # compute -> producer, one per stage
+    ds_full: Any  # compute -> compute: both warpgroups have written dS
+    ds_free: Any  # compute -> compute: both have multiplied it
+
+
+def scratch_types(plan: Plan) -> Scratch:
+    """Returns the shared-memory plan."""
+    h, stages = plan.spec.head_dim, plan.num_stages
+    has_segments = plan.spec.has_segments
+
+    def tile(shape: tuple[int, ...], dtype: Any = E4M3) -> Any:
+        transforms = tile_transforms(jnp.dtype(dtype).itemsize, shape[-1])
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    ds = tile((_WARPGROUPS, BLOCK_Q, ROWS))
+    units = tile((_WARPGROUPS, BLOCK_Q, ROWS // 2), jnp.bfloat16)
+    barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
+    return Scratch(
+        k=tile((TILE_KV, h)),
+        v=tile((TILE_KV, h)),
+        k_t=tile((_WARPGROUPS, h, ROWS)),
+        q=tile((stages, BLOCK_Q, h)),
+        dout=tile((stages, BLOCK_Q, h), plan.gradient_dtype),
+        q_t=tile((stages, h, BLOCK_Q)),
+        dout_t=tile((stages, h, BLOCK_Q), plan.gradient_dtype),
+        rows=plgpu.SMEM((stages, 3, BLOCK_Q), jnp.float32),
+        q_ids=plgpu.SMEM((stages, BLOCK_Q), jnp.int32) if has_segments else None,
+        ds=ds if plan.interpret else plgpu.RefUnion((units,), (ds,)),
+        dq=tile((_WARPGROUPS, BLOCK_Q, plan.dq_columns), jnp.float32),
+        operands=tile((_WARPGROUPS, 2, ROWS, BLOCK_Q)) if plan.interpret else None,
+        kv_full=plgpu.Barrier(num_arrivals=2 + _WARPGROUPS),
+        rows_full=barrier(num_arrivals=3 + has_segments),
+        columns_full=barrier(num_arrivals=2),
+        rows_free=barrier(num_arrivals=_WARPGROUPS),
+        columns_free=barrier(num_arrivals=_WARPGROUPS),
+        ds_full=plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        ds_free=plgpu.Barrier(num_arrivals=_WARPGROUPS),
+    )
+
+
+class _Tile(NamedTuple):
+    """What one CTA computes."""
+
+    plan: Plan
+    inputs: Inputs
+    scratch: Scratch
+    batch: Array
+    kv_head: Array
+    kv_tile: Array
+    blocks: BlockRange  # of queries
+
+    def for_each_step(self, body: Any) -> Array:
+        """Calls body(head, block, step) for each head of the group and each block of queries;
+        returns the number of steps.
+        """
+        first_head = self.kv_head * self.plan.group
+        count = self.blocks.stop - self.blocks.start
+
+        def in_head(g: Array, _: None) -> None:
+            def in_block(i: Array, _: None) -> None:
+                body(first_head + g, self.blocks.start + i, g * count + i)
+
+            lax.fori_loop(0, count, in_block, None)
+
+        lax.fori_loop(0, self.plan.group, in_head, None)
+        return self.plan.group * count
+
+    def slot(self, step: Array) -> Array:
+        """The buffers of a step."""
+        return lax.rem(step, jnp.int32(self.plan.num_stages))
+
+
+def _tile_of(plan: Plan, inputs: Inputs, scratch: Scratch) -> _Tile:
+    """This CTA's tile: the first keys, which a causal mask shows to the most queries, go first."""
+    heads = plan.spec.batch_size * plan.spec.num_kv_heads
+    cta = lax.axis_index("cta")
+    kv_tile, index = lax.div(cta, jnp.int32(heads)), lax.rem(cta, jnp.int32(heads))
+    batch = lax.div(index, jnp.int32(plan.spec.num_kv_heads))
+    kv_head = lax.rem(index, jnp.int32(plan.spec.num_kv_heads))
+    row = batch if plan.spec.has_segments else 0
+    blocks = BlockRange(*(inputs.block_ranges[row, kv_tile, i] for i in range(4)))
+    return _Tile(plan, inputs, scratch, batch, kv_head, kv_tile, blocks)
+
+
+def _produce(tile: _Tile) -> None:
+    """Loads K, V once, then the query side's factors of each step as their buffers become free."""
+    plan, inputs, scratch = tile.plan, tile.inputs, tile.scratch
+    batch, kv_head = tile.batch, tile.kv_head
+    keys = pl.ds(tile.kv_tile * TILE_KV, TILE_KV)
+    plgpu.copy_gmem_to_smem(inputs.k.at[batch, keys, kv_head], scratch.k, scratch.kv_full)
+    plgpu.copy_gmem_to_smem(inputs.v.at[batch, keys, kv_head], scratch.v, scratch.kv_full)
+    for wg in range(_WARPGROUPS):
+        half = pl.ds(tile.kv_tile * TILE_KV + wg * ROWS, ROWS)
+        source = inputs.k_t.at[batch, kv_head, :, half]
+        plgpu.copy_gmem_to_smem(source, scratch.k_t.at[wg], scratch.kv_full)
+
+    def load(head: Array, block: Array, step: Array) -> None:
+        slot = tile.slot(step)
+        queries = pl.ds(block * BLOCK_Q, BLOCK_Q)
+        full, columns_full = scratch.rows_full.at[slot], scratch.columns_full.at[slot]
+        plgpu.barrier_wait(scratch.rows_free.at[slot])
+        for source, target in (
+            (inputs.q.at[batch, queries, head], scratch.q),
+            (inputs.dout.at[batch, queries, head], scratch.dout),
+            (inputs.rows.at[batch, head, block], scratch.rows),
+        ):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], full)
+        if plan.spec.has_segments:
+            plgpu.copy_gmem_to_smem(inputs.q_ids.at[batch, queries], scratch.q_ids.at[slot], full)
+        plgpu.barrier_wait(scratch.columns_free.at[slot])
+        for source, target in ((inputs.q_t, scratch.q_t), (inputs.dout_t, scratch.dout_t)):
+            columns = source.at[batch, head, :, queries]
+            plgpu.copy_gmem_to_smem(columns, target.at[slot], columns_full)
+
+    tile.for_each_step(load)
+    if plan.interpret:  # which insists that somebody waits for every arrival
+        for slot in range(plan.num_stages):
+            plgpu.barrier_wait(scratch.rows_free.at[slot])
+            plgpu.barrier_wait(scratch.columns_free.at[slot])
+
+
+def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
+    """Computes dK and dV of ROWS keys, and this tile's part of dQ."""
+    plan, scratch = tile.plan, tile.scratch
+    wg = lax.axis_index("wg")
+    dk_gmem, dv_gmem, dq_gmem = outputs
+    first_key = tile.kv_tile * TILE_KV + wg * ROWS
+    for slot in range(plan.num_stages):  # all buffers start out free
+        plgpu.barrier_arrive(scratch.rows_free.at[slot])
+        plgpu.barrier_arrive(scratch.columns_free.at[slot])
+    kv_ids = None
+    if plan.spec.has_segments:
+        ids = tile.inputs.kv_ids.at[tile.batch, pl.ds(first_key, ROWS)]
+        kv_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
+    factor = tile.inputs.factor[tile.batch, tile.kv_head]
+    plgpu.barrier_wait(scratch.kv_full)
+
+    def run(dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
+        def step(head: Array, block: Array, step: Array) -> None:
+            slot = tile.slot(step)
+            p, ds = _probabilities(tile, factor, kv_ids, block, slot)
+            _add_dk_dv(tile, dk_acc, dv_acc, p, ds, slot)
+            dq = _dq(tile, ds)
+            plgpu.barrier_arrive(scratch.columns_free.at[slot])
+            _send_dq(tile, dq_gmem, dq, head, block)
+
+        tile.for_each_step(step)
+        return dk_acc[...], dv_acc[...]
+
+    accumulator = plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
+    dk, dv = pl.run_scoped(run, accumulator, accumulator)
+    keys = pl.ds(first_key, ROWS)
+    dk_gmem.at[tile.batch, keys, tile.kv_head][...] = dk
+    dv_gmem.at[tile.batch, keys, tile.kv_head][...] = dv
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _probabilities(
+    tile: _Tile, factor: Array, kv_ids: Array | None, block: Array, slot: Array
+) -> tuple[Array, Array]:
+    """Returns P'^T and dS'^T of one block of queries, `[ROWS, BLOCK_Q]`, float32."""
+    scratch = tile.scratch
+    keys = pl.ds(lax.axis_index("wg") * ROWS, ROWS)
+
+    def column(i: int) -> Array:
+        x = plgpu.load(scratch.rows.at[slot, i], layout=PER_COLUMN)
+        return lax.broadcast_in_dim(x, (ROWS, BLOCK_Q), [1])
+
+    def products(s_acc: Any, dp_acc: Any) -> tuple[Array, Array]:
+        plgpu.wgmma(s_acc, scratch.k.at[keys], scratch.q.at[slot].transpose((1, 0)))
+        plgpu.wgmma(dp_acc, scratch.v.at[keys], scratch.dout.at[slot].transpose((1, 0)))
+        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+        s = _mask(tile, kv_ids, block, slot, s)
+        return jnp.exp2(s * factor - column(0)), dp_acc[...]
+
+    plgpu.barrier_wait(scratch.rows_full.at[slot])
+    accumulator = plgpu.ACC((ROWS, BLOCK_Q), jnp.float32)
+    p, dp = pl.run_scoped(products, accumulator, accumulator)
+    slope, delta = column(1), column(2)
+    if tile.plan.interpret:  # whose race detector wants reads ordered before TMA's next write
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.rows_free.at[slot])
+    return p, p * (dp * slope - delta)
+
+
+def _mask(tile: _Tile, kv_ids: Array | None, block: Array, slot: Array, s: Array) -> Array:
+    """Sets the logits `[keys, queries]` of pairs that may not see each other to -inf."""
+    spec, interpret = tile.plan.spec, tile.plan.interpret
+    is_ragged = spec.key_length % TILE_KV != 0
+    if spec.band.is_full and not spec.has_segments and not is_ragged:
+        return s
+
+    def masked() -> Array:
+        first_key = tile.kv_tile * TILE_KV + lax.axis_index("wg") * ROWS
+        key = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW) + first_key
+        # Columns of this block that see the key of each row: s - right <= t <= s + left.
+        offset = block * BLOCK_Q
+        left = spec.query_length + BLOCK_Q if spec.band.left is None else spec.band.left
+        last = key + (left - offset)
+        if is_ragged:
+            last = jnp.where(key < spec.key_length, last, -1)
+        first = None if spec.band.right is None else key - (offset + spec.band.right)
+        seen = keep_columns(s, first, last, interpret=interpret)
+        if kv_ids is None:
+            return seen
+        q_ids = plgpu.load(tile.scratch.q_ids.at[slot], layout=PER_COLUMN)
+        return keep_equal(seen, kv_ids, q_ids, interpret=interpret)
+
+    needs_mask = (block < tile.blocks.full_start) | (block >= tile.blocks.full_stop)
+    return lax.cond(needs_mask, masked, lambda: s)
+
+
+def _add_dk_dv(tile: _Tile, dk_acc: Any, dv_acc: Any, p: Array, ds: Array, slot: Array) -> None:
+    """Starts dV += P'^T (dO 2^-E) and dK += dS'^T (q 2^(R - E - t))."""
+    scratch, interpret = tile.scratch, tile.plan.interpret
+    p, ds = (accumulator_as_8_bit_operand(x, E4M3, interpret=interpret) for x in (p, ds))
+    plgpu.barrier_wait(scratch.columns_full.at[slot])
+    if interpret:  # which takes no A operand in registers
+        operands = scratch.operands.at[lax.axis_index("wg")]
+        operands.at[0][...], operands.at[1][...] = p, ds
+        plgpu.commit_smem()
+        p, ds = operands.at[0], operands.at[1]
+    else:
+        # Converted before the products start: their registers must not change while they run.
+        p, ds = lax.optimization_barrier((p, ds))
+    plgpu.wgmma(dv_acc, p, scratch.dout_t.at[slot].transpose((1, 0)))
+    plgpu.wgmma(dk_acc, ds, scratch.q_t.at[slot].transpose((1, 0)))
+
+
+def _dq(tile: _Tile, ds: Array) -> Array:
+    """Exchanges dS'; returns this warpgroup's columns of dS' K, and waits for all products."""
+    plan, scratch = tile.plan, tile.scratch
+    wg = lax.axis_index("wg")
+    units, ds_bytes = (scratch.ds,) * 2 if plan.interpret else (x for (x,) in scratch.ds)
+    store_transposed_8_bits(ds, units.at[wg], E4M3, interpret=plan.interpret)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.ds_full)
+    plgpu.barrier_wait(scratch.ds_full)
+    columns = pl.ds(wg * plan.dq_columns, plan.dq_columns)
+
+    def product(acc: Any) -> Array:
+        for half in range(_WARPGROUPS):
+            k_t = scratch.k_t.at[half, columns]
+            plgpu.wgmma(acc, ds_bytes.at[half], k_t.transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((BLOCK_Q, plan.dq_columns), jnp.float32))
+
+
+def _send_dq(tile: _Tile, dq_gmem: Any, dq: Array, head: Array, block: Array) -> None:
+    """Adds a part of dQ to global memory; afterwards dS may be overwritten."""
+    plan, scratch = tile.plan, tile.scratch
+    wg = lax.axis_index("wg")
+    plgpu.barrier_arrive(scratch.ds_free)
+    columns = pl.ds(wg * plan.dq_columns, plan.dq_columns)
+    target = dq_gmem.at[tile.batch, pl.ds(block * BLOCK_Q, BLOCK_Q), head, columns]
+    if plan.interpret:
+        target[...] = target[...] + dq
+    else:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        scratch.dq.at[wg][...] = dq
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.dq.at[wg], target, reduction_op="add")
+    plgpu.barrier_wait(scratch.ds_free)
+
+
+def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
+    """Splits the warpgroups into compute and producer."""
+    num_inputs = len(Inputs._fields) - (0 if plan.spec.has_segments else 2)
+    inputs = Inputs(*refs[:num_inputs])
+    dq, dk, dv = refs[num_inputs:]
+    scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg < _WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(_REGISTERS, action="increase")
+        _compute(_tile_of(plan, inputs, scratch), (dk, dv, dq))
+
+    @pl.when(wg == _WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        _produce(_tile_of(plan, inputs, scratch))
+
+
+def launch(inputs: Inputs, *, plan: Plan) -> tuple[Array, Array, Array]:
+    """Runs the kernel.
+
+    Returns:
+      dQ `[B, T, N, H]`, dK and dV `[B, S, K, H]`, float32, with padded lengths: the sums of
+      `fp8.Kernels.fp8_backward`.
+    """
+    spec = plan.spec
+    scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
+    keys = jax.ShapeDtypeStruct(
+        (spec.batch_size, plan.num_kv_tiles * TILE_KV, spec.num_kv_heads, spec.head_dim),
+        jnp.float32,
+    )
+    queries = (spec.batch_size, plan.num_q_blocks * BLOCK_Q, spec.num_heads, spec.head_dim)
+    dq = jax.new_ref(jnp.zeros(queries, jnp.float32))
+    operands = [x for x in inputs if x is not None]
+    dk, dv = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=(keys, keys),
+        scratch_types=scratch,
+        grid=(plan.num_kv_tiles * spec.batch_size * spec.num_kv_heads,),
+        grid_names=("cta",),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="wg",
+        kernel_name="flash_attention_bwd_fp8",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
+    )(*operands, dq)
+    return dq[...], dk, dv

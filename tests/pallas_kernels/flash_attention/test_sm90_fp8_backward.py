@@ -1,0 +1,140 @@
+"""The sm_90a FP8 backward kernel: interpreted against float64 and its twin in XLA, and compiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+from pallas_kernels import Fp8Options, flash_attention, hardware
+from pallas_kernels.flash_attention import fp8, fp8_xla, sm90_bwd_fp8, sm90_fp8
+from tests.pallas_kernels.cases import Case
+from tests.pallas_kernels.compile_gate import ptxas_report
+from tests.pallas_kernels.flash_attention.test_sm90_fp8_forward import arguments, spec_of
+
+INTERPRETED = [
+    (Case(name="causal_gqa_ragged", b=1, t=150, s=150, n=2, k=1, h=64, is_causal=True), {}),
+    (Case(name="window_t_over_s", b=1, t=200, s=260, n=1, k=1, h=64, window=(50, 20)), {}),
+    (
+        Case(name="packed_e5m2", b=2, t=140, s=140, n=1, k=1, h=64, segments="padded"),
+        dict(gradient_format="e5m2"),
+    ),
+    (Case(name="full_d128", b=1, t=192, s=128, n=1, k=1, h=128), {}),
+]
+
+
+@pytest.mark.parametrize(("case", "options"), INTERPRETED, ids=[str(c) for c, _ in INTERPRETED])
+def test_interpreted_kernel_rounds_as_the_twin_and_is_free_of_races(case, options):
+    q, k, v, dout, dlse = case.arrays(jnp.bfloat16)
+    expected = case.expected(q, k, v, dout, dlse)
+    spec = spec_of(case, **options)
+    ids = [None if x is None else jnp.asarray(x) for x in case.segment_ids()]
+
+    @jax.jit
+    def operands(q, k, v, dout, dlse):
+        inputs = fp8.quantize_inputs(q, k, v, spec)
+        out, statistics = fp8_xla.fp8_forward(inputs, *ids, spec)
+        gradients = fp8.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
+        return inputs, gradients, fp8_xla.fp8_backward(inputs, gradients, *ids, spec)
+
+    inputs, gradients, twin = operands(q, k, v, dout, dlse)
+    got = sm90_fp8.fp8_backward(inputs, gradients, *ids, spec, interpret=True)
+    assert not interpret_pallas_call.get_races().races_found
+    wide = dataclasses.replace(spec, dtype="float32")
+    finished = fp8.finish_gradients(got, inputs, gradients, dlse, wide)
+    for name, x, y, z in zip(("dq", "dk", "dv"), got, twin, finished, strict=True):
+        x, y, z = (np.asarray(a, np.float64) for a in (x, y, z))
+        # A number between two of E4M3 may go either way for the last bit of an exponential.
+        assert np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(y), name
+        want = getattr(expected, name)
+        error = np.linalg.norm(z - want) / np.linalg.norm(want)
+        # Four or five roundings to 3 bits, or 2 for e5m2, of half a unit each at most.
+        assert error <= (0.15 if options else 0.1), name
+
+
+COMPILED = [
+    Case(name="128_full", b=2, t=8192, s=8192, h=128),
+    Case(name="128_causal", b=2, t=8192, s=8192, h=128, is_causal=True),
+    Case(name="128_window_ragged", b=1, t=4001, s=3001, h=128, window=(512, 100)),
+    Case(name="128_packed", b=2, t=8192, s=8192, h=128, is_causal=True, segments="packed"),
+    Case(name="64_packed", b=2, t=8192, s=8192, h=64, is_causal=True, segments="packed"),
+]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
+    spec = spec_of(case)
+    q, k, v, *ids = arguments(case)
+    scale = jax.ShapeDtypeStruct((case.b, case.k), jnp.float32)
+    mean = jax.ShapeDtypeStruct((case.b, case.k, case.h), jnp.float32)
+    rows = jax.ShapeDtypeStruct((case.b, case.n, case.t), jnp.float32)
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, fp8.E4M3) for x in (q, k, v))
+    inputs = fp8.Inputs(q, k, v, scale, scale, scale, scale, mean)
+    gradients = fp8.Gradients(q, q, q, rows, rows, rows, rows, scale, scale)
+
+    def backward(inputs, gradients, q_ids=None, kv_ids=None):
+        return sm90_fp8.fp8_backward(inputs, gradients, q_ids, kv_ids, spec)
+
+    with hardware.assume_device_kind("NVIDIA H200"):
+        report = ptxas_report(backward, inputs, gradients, *ids)
+    assert "flash_attention_bwd_fp8" in report.text
+    assert report.spilled_bytes == 0, report.text
+    assert not report.serialised_wgmmas, report.text
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradient_format="e5m2")], ids=["e4m3", "e5m2"])
+def test_the_whole_gradient_lowers_for_cuda(options):
+    case = Case(name="x", b=2, t=4001, s=4001, n=8, k=2, h=128, is_causal=True)
+
+    def loss(q, k, v):
+        return flash_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            precision="fp8",
+            fp8_options=Fp8Options(**options),
+            implementation="mosaic",
+        ).sum()
+
+    with hardware.assume_device_kind("NVIDIA H200"):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arguments(case))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 2
+
+
+def test_query_blocks_of_a_causal_mask_and_a_window_by_hand():
+    case = Case(name="x", b=1, t=256, s=300, n=1, k=1, h=64, is_causal=True)
+    ranges = sm90_fp8.query_block_ranges(sm90_bwd_fp8.Plan(spec=spec_of(case)), None, None)
+    # Keys 0-127, 128-255, 256-299; blocks of 64 queries. Keys 256 and up are seen by nobody, and
+    # the last tile reaches beyond the keys.
+    np.testing.assert_array_equal(ranges[0], [[0, 4, 2, 4], [2, 4, 4, 4], [3, 4, 4, 4]])
+    case = dataclasses.replace(case, s=256, is_causal=False, window=(64, 0))
+    ranges = sm90_fp8.query_block_ranges(sm90_bwd_fp8.Plan(spec=spec_of(case)), None, None)
+    np.testing.assert_array_equal(ranges[0, :, :2], [[0, 3], [2, 4]])
+
+
+@pytest.mark.parametrize(
+    ("h", "options", "message"),
+    [
+        (256, {}, r"q.shape\[3\]=256 is not one of .64, 128.*backward='bf16'"),
+        (64, dict(deterministic=True), "the order in which tiles finish; pass"),
+    ],
+)
+def test_refuses_to_differentiate_with_the_reason(h, options, message):
+    x = jax.ShapeDtypeStruct((1, 64, 1, h), jnp.bfloat16)
+
+    def loss(x):
+        options_ = Fp8Options(**options)
+        out = flash_attention(
+            x, x, x, precision="fp8", fp8_options=options_, implementation="mosaic"
+        )
+        return out.astype(jnp.float32).sum()
+
+    with (
+        hardware.assume_device_kind("NVIDIA H200"),
+        pytest.raises(NotImplementedError, match=message),
+    ):
+        jax.eval_shape(jax.grad(loss), x)
