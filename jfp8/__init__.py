@@ -10,6 +10,7 @@ from jfp8.formats import E4M3, E5M2, Format
 from jfp8.quantize import dequantize, quantize
 from jfp8.recipe import Recipe
 from jfp8.scaling import BINS, Health, ScalingState, health, init_state, update
+from jfp8.swiglu_mlp import swiglu_mlp
 
 __all__ = [
     "BINS",
@@ -25,5 +26,6 @@ __all__ = [
     "health",
     "init_state",
     "quantize",
+    "swiglu_mlp",
     "update",
 ]

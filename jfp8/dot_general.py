@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
@@ -38,21 +37,19 @@ from jfp8.gemms import (
     gemm,
     matrix_shape,
     replicated,
+    same_varying,
     save_for_dgrad,
     save_for_wgrad,
     wgrad_gemm,
 )
 from jfp8.quantize import observe, sampled_elements
 from jfp8.recipe import Recipe
-from jfp8.scaling import BINS, GRAD, LHS, RHS, SLOTS, ScalingState
+from jfp8.scaling import GRAD, LHS, RHS, ScalingState
+from jfp8.validation import validate_operands, validated_state
 
-ALIGNMENT = 16
-"""cuBLASLt and wgmma take 8-bit operands in units of 16 bytes."""
 RESIDUAL_NAMES = ("fp8_lhs", "fp8_rhs", "fp8_statistics")
 """`checkpoint_name`s of what the backward pass needs; with a remat policy that saves them, such as
 `jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)`, it recomputes no GEMM."""
-
-_DTYPES = (jnp.bfloat16, jnp.float32)
 
 type DotDimensionNumbers = tuple[
     tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
@@ -108,7 +105,7 @@ def dot_general(
     batch, free_m = _sizes(lhs, lhs_batch), _sizes(lhs, lhs_free)
     free_n = _sizes(rhs, rhs_free)
     m, k, n = math.prod(free_m), math.prod(_sizes(lhs, lhs_contract)), math.prod(free_n)
-    _validate_operands(lhs, rhs, recipe, m=m, k=k, n=n)
+    validate_operands(lhs, rhs, recipe, m=m, k=k, n=n)
     leading = (math.prod(batch),) if batch else ()
     # cuBLASLt's FP8 GEMM has one contracted and one free dimension per operand.
     lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*leading, m, k)
@@ -116,10 +113,10 @@ def dot_general(
     shardings = explicit_sharding(lhs), explicit_sharding(rhs)
     static = _Static(recipe, lhs.dtype, rhs.dtype, *shardings)
     if recipe.quantizes:
-        state = _validated_state(state, recipe)
-        out = _fp8_matmul(static, *_same_varying(lhs, rhs, state.scale, state.observation))
+        state = validated_state(state, recipe)
+        out = _fp8_matmul(static, *same_varying(lhs, rhs, state.scale, state.observation))
     else:
-        out = _bf16_matmul(static, *_same_varying(lhs, rhs))
+        out = _bf16_matmul(static, *same_varying(lhs, rhs))
     return out.reshape(*batch, *free_m, *free_n)
 
 
@@ -129,67 +126,6 @@ def _free(operand: jax.Array, contract: Sequence[int], batch: Sequence[int]) -> 
 
 def _sizes(operand: jax.Array, dimensions: Sequence[int]) -> tuple[int, ...]:
     return tuple(operand.shape[d] for d in dimensions)
-
-
-def _validate_operands(lhs: jax.Array, rhs: jax.Array, recipe: Recipe, **sizes: int) -> None:
-    for name, operand in (("lhs", lhs), ("rhs", rhs)):
-        if operand.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name}.dtype={operand.dtype} must be bfloat16 or float32 (float16 cannot hold the"
-                f" sums of FP8 products); cast {name} first"
-            )
-    for name, size in sizes.items():
-        if recipe.quantizes and (size == 0 or size % ALIGNMENT):
-            raise ValueError(
-                f"{name.upper()}={size} must be a positive multiple of {ALIGNMENT} for recipe"
-                f" {recipe.name!r} (one of the three FP8 GEMMs contracts it),"
-                f" with lhs.shape={lhs.shape} and rhs.shape={rhs.shape}; pad it, or keep this layer"
-                " in bf16 (Recipe.skip)"
-            )
-
-
-def _validated_state(state: ScalingState | None, recipe: Recipe) -> ScalingState:
-    if not isinstance(state, ScalingState):
-        raise ValueError(
-            f"state={type(state).__name__} must be a jfp8.ScalingState for recipe {recipe.name!r};"
-            " make one with jfp8.init_state(recipe)"
-        )
-    if state.scale.shape != (SLOTS,) or state.observation.shape != (SLOTS, BINS):
-        raise ValueError(
-            f"state.scale.shape={state.scale.shape} must be ({SLOTS},), and"
-            f" state.observation.shape={state.observation.shape} must be ({SLOTS}, {BINS});"
-            " take one layer of a stacked state (scan, vmap)"
-        )
-    if (
-        recipe.name == "delayed"
-        and recipe.calibration == "explicit"
-        and not isinstance(state.scale, jax.core.Tracer)
-        and np.isnan(state.scale[:GRAD]).any()
-    ):
-        raise ValueError(
-            f"state.scale={np.asarray(state.scale)} is not calibrated; run the first step with"
-            " recipe.calibrating(), or use Recipe(calibration='inline')"
-        )
-    return state
-
-
-def _same_varying(*operands: jax.Array) -> tuple[jax.Array, ...]:
-    """Under shard_map makes every operand vary over the same mesh axes.
-
-    The transpose of that cast is a psum of the cotangent: of an observation, the maximum over the
-    devices.
-    """
-    axes = frozenset[str]().union(*map(_varying, operands))
-    return tuple(
-        lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying") if axes - _varying(x) else x
-        for x in operands
-    )
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-    aval = jax.typeof(x)
-    # JAX 0.11.2 keeps the axes under `.mat`; releases before and after it say `.vma`.
-    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

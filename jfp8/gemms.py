@@ -182,6 +182,25 @@ def matrix_shape(x: jax.Array, *, transposed: bool = False) -> tuple[int, int]:
     return x.size // columns, columns
 
 
+def same_varying(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Under shard_map makes every operand vary over the same mesh axes.
+
+    The transpose of that cast is a psum of the cotangent: of an observation, the maximum over the
+    devices.
+    """
+    axes = frozenset[str]().union(*map(_varying, operands))
+    return tuple(
+        lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying") if axes - _varying(x) else x
+        for x in operands
+    )
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    aval = jax.typeof(x)
+    # JAX 0.11.2 keeps the axes under `.mat`; releases before and after it say `.vma`.
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma
+
+
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """The sharding of x on a mesh with explicit axes; None on any other."""
     sharding = jax.typeof(x).sharding

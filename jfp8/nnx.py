@@ -24,6 +24,7 @@ from flax.typing import Initializer
 from jfp8.dot_general import DotDimensionNumbers, dot_general
 from jfp8.recipe import Recipe
 from jfp8.scaling import ScalingState, init_state
+from jfp8.swiglu_mlp import swiglu_mlp as jfp8_swiglu_mlp
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 _lecun_normal = nnx.initializers.lecun_normal()
@@ -107,6 +108,34 @@ class Linear(_Dot):
         """Maps `[..., in_features]` to `[..., out_features]`, in `dtype`."""
         y = self._dot(x, (((x.ndim - 1,), (0,)), ((), ())))
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+def swiglu_mlp(gate_up: Linear, down: Linear, x: jax.Array, *, group: int) -> jax.Array:
+    """`jfp8.swiglu_mlp` with the parameters and the state of two layers.
+
+    Args:
+      gate_up: to twice the hidden size: groups of columns of gate, then of up. No bias.
+      down: from the hidden size; of the same recipe, which is not bf16. No bias.
+      x: `[..., gate_up's in_features]`.
+      group: columns of a group.
+
+    Raises:
+      ValueError: if the layers have biases or do not share a recipe.
+    """
+    if gate_up.recipe != down.recipe or gate_up.bias is not None or down.bias is not None:
+        raise ValueError(
+            f"{gate_up.recipe=} must equal {down.recipe=}, and neither layer may have a bias;"
+            " apply one layer after the other instead"
+        )
+    return jfp8_swiglu_mlp(
+        x.astype(gate_up.dtype),
+        gate_up.kernel.get_value(),
+        down.kernel.get_value(),
+        None if gate_up.scaling is None else gate_up.scaling.get_value(),
+        None if down.scaling is None else down.scaling.get_value(),
+        group=group,
+        recipe=gate_up.recipe,
+    )
 
 
 class Einsum(_Dot):

@@ -93,23 +93,31 @@ def statistics(x: jax.Array, amax_bits: jax.Array, scale: jax.Array, format: For
     Returns: int32 `[GROUPS, 3]`: bits of the amax, saturated, underflowed sampled elements of each
       group; groups that `x` does not have are zero.
     """
-    sample = _sample(_grouped(x))
+    return sample_statistics(sample_rows(x), amax_bits, scale, format)
+
+
+def sample_statistics(
+    sample: jax.Array, amax_bits: jax.Array, scale: jax.Array, format: Format
+) -> jax.Array:
+    """`statistics` of a tensor of which `sample` are the `sample_rows`."""
     magnitude = jnp.abs(sample.astype(jnp.float32)) * (1 / scale)
     saturated = magnitude > format.max_value
     # Half the smallest subnormal is a tie and rounds to even: to zero.
     underflowed = (magnitude <= format.min_subnormal / 2) & (sample != 0)
     columns = [
         amax_bits,
-        saturated.sum(axis=(1, 2), dtype=jnp.int32),
-        underflowed.sum(axis=(1, 2), dtype=jnp.int32),
+        saturated.sum(axis=1, dtype=jnp.int32),
+        underflowed.sum(axis=1, dtype=jnp.int32),
     ]
     padded = [jnp.pad(column, (0, GROUPS - len(column))) for column in columns]
     return jnp.stack(padded, axis=1)
 
 
-def _sample(groups: jax.Array) -> jax.Array:
-    middle = groups.shape[1] // 2  # the first row of a group may be the start of a document
-    return groups[:, middle : middle + 1]
+def sample_rows(x: jax.Array) -> jax.Array:
+    """One row of each group of `x`, `[rows, columns]`: `[groups, columns]`."""
+    groups = _grouped(x)
+    # The first row of a group may be the start of a document.
+    return groups[:, groups.shape[1] // 2]
 
 
 def sampled_elements(rows: int, columns: int) -> int:

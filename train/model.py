@@ -143,9 +143,17 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
+        if self._is_fused():
+            return jfp8.nnx.swiglu_mlp(self.gate_up, self.down, x, group=self.group)
         gate_up = checkpoint_name(apply_linear(self.taps, "gate_up", self.gate_up, x), "gate_up")
         pairs = gate_up.reshape(*x.shape[:-1], -1, 2, self.group)
         return apply_linear(self.taps, "down", self.down, swiglu(pairs))
+
+    def _is_fused(self) -> bool:
+        """Whether kernels quantise the hidden layer as they compute it; taps want it in 16 bits."""
+        recipe = self.gate_up.recipe
+        mosaic = recipe.quantizes and recipe.quantize_implementation == "mosaic"
+        return mosaic and recipe == self.down.recipe and self.taps is None
 
 
 class Block(nnx.Module):

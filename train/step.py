@@ -22,7 +22,7 @@ from train.optimizer import learning_rate_schedule
 from train.state import TrainState, abstract_state, make_graph, make_recipe, merge
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: [B, T]
-_BATCH_DTYPES = {
+BATCH_DTYPES = {
     "tokens": jnp.int32,
     "targets": jnp.int32,
     "segment_ids": jnp.int32,
@@ -39,7 +39,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
     sharding = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in _BATCH_DTYPES.items()
+        for name, dtype in BATCH_DTYPES.items()
     }
 
 

@@ -38,8 +38,6 @@ def forward_candidates() -> list[TileConfig]:
         FORWARD,
         TileConfig(tile_columns=128, warpgroups=2),
         TileConfig(tile_columns=64, warpgroups=3),
-        TileConfig(tile_columns=64, warpgroups=2, stages=2),
-        TileConfig(tile_columns=64, warpgroups=1, ctas_per_sm=3),
     ]
 
 

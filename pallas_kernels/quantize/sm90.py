@@ -25,7 +25,7 @@ from pallas_kernels.quantize.sm90_plan import Slab, TileConfig, TilePlan
 def config_for(columns: int, itemsize: int) -> TileConfig:
     """How to cut a matrix of that many columns and bytes an element."""
     if columns % 128:
-        return TileConfig(tile_columns=64, warpgroups=3 if itemsize == 2 else 2)
+        return TileConfig(tile_columns=64, warpgroups=3)
     return TileConfig(tile_columns=128)
 
 
@@ -34,9 +34,7 @@ def candidates(itemsize: int) -> list[TileConfig]:
     wide = [
         TileConfig(tile_columns=128, warpgroups=2),
         TileConfig(tile_columns=128, warpgroups=1, ctas_per_sm=2),
-        TileConfig(tile_columns=64, warpgroups=4),
-        TileConfig(tile_columns=64, warpgroups=2, ctas_per_sm=2),
-        TileConfig(tile_columns=64, warpgroups=3, stages=2),
+        TileConfig(tile_columns=64, warpgroups=3),
     ]
     if itemsize == 2:
         wide += [TileConfig(tile_columns=128, warpgroups=2, stages=2)]

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import jfp8
-from jfp8.dot_general import ALIGNMENT
+from jfp8.validation import ALIGNMENT
 from tests.jfp8 import reference
 from tests.jfp8.reference import normal
 

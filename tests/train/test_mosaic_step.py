@@ -1,0 +1,66 @@
+"""The train step with the quantising kernels, lowered and compiled for the H200."""
+
+import re
+from collections import Counter
+
+import jax
+import pytest
+
+from jfp8.diagnostics import fp8_dot_count
+from pallas_kernels import hardware
+from tests.aot import compile_for_h200
+from train.config import parse
+from train.optimizer import make_optimizer
+from train.state import initial_state
+from train.step import BATCH_DTYPES, make_train_step
+
+LAYER = [
+    *("--model.num-layers", "1", "--model.hidden-size", "1024", "--model.ffn-size", "2048"),
+    *("--model.num-heads", "8", "--model.num-kv-heads", "4", "--model.vocab-size", "4096"),
+    *("--data.sequence-length", "2048", "--data.batch-size", "2", "--data.document-mask", "false"),
+    *("--model.layer-loop", "unroll", "--fp8.quantize-implementation", "mosaic"),
+]
+
+
+def step_and_shapes(*options):
+    config = parse([*LAYER, *options])
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    state = jax.eval_shape(lambda: initial_state(config, optimizer))
+    shape = (config.data.batch_size, config.data.sequence_length)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
+    return make_train_step(config, optimizer, calibrating=False), state, batch
+
+
+def test_one_layer_compiles_for_the_h200():
+    with hardware.assume_device_kind("NVIDIA H200"):
+        compiled = compile_for_h200(*step_and_shapes(), donate_argnums=0)
+    text = compiled.as_text()
+    calls = [line for line in text.splitlines() if "custom-call" in line and "mosaic_gpu" in line]
+    # Four weights; the inputs of qkv, out and gate_up; the gradients of qkv, out and down.
+    assert Counter(re.findall(r"/(\w*quantize)/mpmd_map", "\n".join(calls))) == {
+        "quantize": 4 + 3 + 3,
+        "swiglu_quantize": 1,
+        "swiglu_grad_quantize": 1,
+    }
+    gemms = [g for g in fp8_dot_count(compiled).gemms if "fp8_dot" in g.op_name]
+    assert len(gemms) == 12 and all(g.kind == "cublaslt_fp8" for g in gemms)
+    # Nothing is left for XLA to transpose.
+    assert not re.search(r"= f8e\w+\[[\d,]+\]\S* (copy|transpose)\(", text)
+
+
+@pytest.mark.parametrize(
+    "options, casts",
+    [
+        # The residual stream needs `out` again, and so its two operands.
+        (("--model.remat", "dots"), 14),
+        # Without the casts of down's weight, input and gradient.
+        (("--fp8.skip-layers", "*.down"), 9),
+    ],
+    ids=str,
+)
+def test_each_tensor_is_cast_once(options, casts):
+    with hardware.assume_device_kind("NVIDIA H200"):
+        step, *shapes = step_and_shapes(*options)
+        lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",))
+    calls = re.findall(r"custom_call @mosaic_gpu\w*", lowered.as_text())
+    assert len(calls) == casts
