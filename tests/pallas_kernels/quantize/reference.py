@@ -1,5 +1,7 @@
 """Casts to 8 bits in NumPy, by ml_dtypes from the definition; shares no code with the package."""
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
 
@@ -31,3 +33,11 @@ def order(q):
 def amax_bits(x):
     """The bits of the float32 amax of finite values."""
     return np.abs(np.asarray(x, np.float32)).max().view(np.int32)
+
+
+class Result(NamedTuple):
+    """A kernel's results in the fields of `pallas_kernels.Quantized`."""
+
+    q: np.ndarray
+    q_t: np.ndarray
+    amax_bits: np.ndarray

@@ -1,0 +1,140 @@
+"""RMSNorm, quantised: against float64, by XLA and by the interpreted kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+from pallas_kernels import hardware, rmsnorm_quantize
+from pallas_kernels.fused import sm90_rmsnorm
+from pallas_kernels.fused.rmsnorm import make_plan
+from pallas_kernels.fused.sm90_rmsnorm import RmsNormConfig
+from pallas_kernels.interpreter import interpret_kernels
+from tests.pallas_kernels.compile_gate import ptxas_report
+from tests.pallas_kernels.quantize import reference
+
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+SCALE, EPS = jnp.float32(2.0**-4), 1e-5
+
+
+def inputs(rows, columns, dtype="bfloat16"):
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((rows, columns)) * np.exp2(rng.integers(-8, 8, (rows, 1)))
+    x[7] = 0
+    return jnp.asarray(x).astype(dtype), jnp.asarray(rng.standard_normal(columns), jnp.float32)
+
+
+def assert_close(result, rstd, x, weight, dtype):
+    x = np.asarray(x, np.float64)
+    exact_rstd = 1 / np.sqrt((x * x).mean(axis=1) + EPS)
+    exact = x * exact_rstd[:, None] * np.asarray(weight, np.float64)
+    np.testing.assert_allclose(rstd, exact_rstd, rtol=2e-6)
+    apart = np.abs(
+        reference.order(result.q)
+        - reference.order(reference.round8(exact, float(SCALE), np.dtype(dtype)))
+    )
+    assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
+    np.testing.assert_array_equal(reference.bits(result.q).T, reference.bits(result.q_t))
+    amax = np.int32(result.amax_bits.max()).view(np.float32)
+    np.testing.assert_allclose(amax, np.abs(exact).max(), rtol=2e-6)
+
+
+def test_xla():
+    x, weight = inputs(48, 80)
+    result, rstd = rmsnorm_quantize(x, weight, SCALE, eps=EPS, implementation="xla")
+    assert_close(result, rstd, x, weight, E4M3)
+
+
+# Tiles that stay in their slots, that do not, and blocks of one CTA one after another.
+INTERPRETED = [
+    (128, 1024, "bfloat16", E4M3, RmsNormConfig(chunks=4, warpgroups=2, slots=1)),
+    (384, 192, "float16", E5M2, RmsNormConfig(chunks=1, warpgroups=1, slots=2)),
+    (256, 256, "bfloat16", E4M3, RmsNormConfig(chunks=2, warpgroups=2, slots=5)),
+]
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_interpreted(case):
+    rows, columns, input_dtype, dtype, config = case
+    x, weight = inputs(rows, columns, input_dtype)
+    with interpret_kernels():
+        plan = make_plan(x, eps=EPS, dtype=dtype, config=config)
+        assert sm90_rmsnorm.unsupported_reason(plan) is None
+        q, q_t, rstd, amax = sm90_rmsnorm.launch(plan, x, weight, SCALE)
+    bits = jnp.abs(amax).max().view(jnp.int32)[None]
+    assert_close(reference.Result(q, q_t, bits), rstd, x, weight, dtype)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def test_infinities_show_as_nan_and_in_the_amax():
+    x, weight = inputs(128, 64)
+    with interpret_kernels():
+        result, _ = rmsnorm_quantize(
+            x.at[5, 2].set(jnp.inf), weight, SCALE, eps=EPS, implementation="mosaic"
+        )
+    # rstd is 0: the row is 0 but where it is 0 * inf.
+    assert np.argwhere(np.isnan(np.asarray(result.q, np.float32))).tolist() == [[5, 2]]
+    assert int(result.amax_bits.max()) >= 0x7F800000
+
+
+@pytest.mark.parametrize("columns", [2048, 4096])
+@pytest.mark.parametrize("config", sm90_rmsnorm.candidates(), ids=str)
+def test_compiles_for_sm90a_without_spills(config, columns):
+    if columns == 2048 and config != sm90_rmsnorm.config_for(columns):
+        return
+    arrays = [
+        jax.ShapeDtypeStruct((16384, columns), jnp.bfloat16),
+        jax.ShapeDtypeStruct((columns,), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    ]
+    with hardware.assume_device_kind("NVIDIA H200"):
+        plan = make_plan(arrays[0], eps=EPS, dtype=E4M3, config=config)
+        assert sm90_rmsnorm.unsupported_reason(plan) is None
+        report = ptxas_report(lambda *a: sm90_rmsnorm.launch(plan, *a), *arrays)
+    assert report.spilled_bytes == 0, report.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((100, 128), jnp.bfloat16, "100 rows must be a multiple of 128"),
+        ((128, 96), jnp.bfloat16, "96 columns must be a multiple of 64"),
+        ((128, 128), jnp.float32, "x.dtype=float32 must have 16 bits"),
+    ],
+)
+def test_kernel_refuses_with_the_reason(shape, dtype, message):
+    with (
+        hardware.assume_device_kind("NVIDIA H200"),
+        pytest.raises(NotImplementedError, match=message),
+    ):
+        rmsnorm_quantize(
+            jnp.zeros(shape, dtype), jnp.ones(shape[1]), SCALE, eps=EPS, implementation="mosaic"
+        )
+
+
+def test_kernel_refuses_a_matrix_that_may_be_sharded():
+    x = jnp.zeros((128, 128), jnp.bfloat16)
+    with (
+        hardware.assume_device_kind("NVIDIA H200"),
+        pytest.raises(NotImplementedError, match="x may be split over 8 devices"),
+    ):
+        rmsnorm_quantize(x, jnp.ones(128), SCALE, eps=EPS, implementation="mosaic")
+
+
+def test_rejects():
+    with pytest.raises(ValueError, match=r"weight is float32\[64\], must be float32\[128\]"):
+        rmsnorm_quantize(jnp.zeros((16, 128)), jnp.ones(64), SCALE, eps=EPS)
+    with pytest.raises(ValueError, match="self.chunks=3 must be 1, 2 or 4"):
+        RmsNormConfig(chunks=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", sm90_rmsnorm.candidates(), ids=str)
+@pytest.mark.parametrize("shape", [(256, 1024), (16384, 4096)], ids=str)
+def test_gpu_kernel(shape, config):
+    x, weight = inputs(*shape)
+    plan = make_plan(x, eps=EPS, dtype=E4M3, config=config)
+    q, q_t, rstd, amax = sm90_rmsnorm.launch(plan, x, weight, SCALE)
+    bits = jnp.abs(amax).max().view(jnp.int32)[None]
+    assert_close(reference.Result(q, q_t, bits), rstd, x, weight, E4M3)
