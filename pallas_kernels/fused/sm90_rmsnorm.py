@@ -368,12 +368,11 @@ def _kernel(*refs: Any, plan: RmsNormPlan, **smem: Any) -> None:
 
         def sum_squares(tile: Array, sums: Any) -> Any:
             kernel.wait(tile)
-            sums = [
-                s + jnp.sum(x * x, axis=1) for s, x in zip(sums, kernel.read(tile), strict=True)
-            ]
+            even, odd = kernel.read(tile)
+            sums = sums[0] + jnp.sum(even * even, axis=1), sums[1] + jnp.sum(odd * odd, axis=1)
             plgpu.commit_smem()  # everyone has read the slot
             pl.when(tile + slots < tiles)(lambda: kernel.load(block, tile + slots))
-            return tuple(sums)
+            return sums
 
         sums = lax.fori_loop(0, tiles, sum_squares, (row_zeros(), row_zeros()))
         rstd = kernel.rstd(sums, lax.rem(i, jnp.int32(2)))
