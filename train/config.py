@@ -20,7 +20,7 @@ from train.toml_text import flatten
 FP8_ALIGNMENT = 16  # cuBLASLt and wgmma take 8-bit operands in units of 16 bytes.
 
 RecipeName = Literal["bf16", "delayed", "current"]
-AttentionPrecision = Literal["bf16", "fp8"]
+AttentionPrecision = Literal["bf16", "fp8", "fp8_forward"]
 AttentionImplementation = Literal["auto", "xla", "cudnn", "mosaic"]
 
 
@@ -83,7 +83,7 @@ class ModelConfig:
     local_window_size: int = 0
     """Attend to this many previous positions only; 0 means all."""
     attention_precision: AttentionPrecision = "bf16"
-    """Precision of the attention GEMMs."""
+    """Precision of the attention GEMMs; fp8_forward has its backward in bf16."""
     attention_implementation: AttentionImplementation = "auto"
     """Attention kernel; auto takes the best one that can run and says which."""
     layer_loop: Literal["scan", "unroll"] = "scan"
@@ -118,6 +118,12 @@ class ModelConfig:
             self.resolved_head_dim % 2 == 0,
             f"head dim {self.resolved_head_dim} must be even for rotary positions;"
             " set --model.head-dim",
+        )
+        head_dim = self.resolved_head_dim
+        _require(
+            self.attention_precision == "bf16" or head_dim & (head_dim - 1) == 0,
+            f"--model.attention-precision={self.attention_precision} needs a head dim that is a"
+            f" power of two, not {head_dim}; set --model.head-dim",
         )
         _require(
             self.local_window_size >= 0,

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head di
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jfp8
 import jfp8.nnx
-from pallas_kernels import flash_attention
+from pallas_kernels import Fp8Options, flash_attention
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RESIDUAL_NAMES
 from train.config import ModelConfig
 from train.embedding import embed
@@ -109,8 +109,7 @@ class Attention(nnx.Module):
             local_window_size=(window, 0) if window else None,
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
-            precision=config.attention_precision,
-            implementation=attention_implementation(config),
+            **attention_options(config),
         )
         attended = see_attention(self.taps, q, k, v, attended)
         return apply_linear(
@@ -118,10 +117,14 @@ class Attention(nnx.Module):
         )
 
 
-def attention_implementation(config: ModelConfig) -> Literal["xla", "cudnn", "mosaic"] | None:
-    """The `implementation` argument of `flash_attention` that the config asks for."""
-    choice = config.attention_implementation
-    return None if choice == "auto" else choice
+def attention_options(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `flash_attention` that say in which precision, and by whom."""
+    choice, precision = config.attention_implementation, config.attention_precision
+    options: dict[str, Any] = {"implementation": None if choice == "auto" else choice}
+    if precision == "bf16":
+        return options
+    backward = "bf16" if precision == "fp8_forward" else "fp8"
+    return options | {"precision": "fp8", "fp8_options": Fp8Options(backward=backward)}
 
 
 class SwiGLU(nnx.Module):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jfp8 import diagnostics
 from pallas_kernels import flash_attention_choice
 from train.config import ConfigError, TrainConfig
-from train.model import COMPUTE_DTYPE, attention_implementation
+from train.model import COMPUTE_DTYPE, attention_options
 from train.run_directory import atomic_write
 from train.state import TrainState, parameter_count
 from train.step import CompiledSteps
@@ -69,8 +69,7 @@ def attention_choice(config: TrainConfig) -> str:
         local_window_size=(window, 0) if window else None,
         q_segment_ids=segment_ids,
         kv_segment_ids=segment_ids,
-        precision=model.attention_precision,
-        implementation=attention_implementation(model),
+        **attention_options(model),
     )
     return f"{choice.implementation} ({choice.reason})"
 

@@ -35,8 +35,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.flash_attention.config import AttentionSpec
+from pallas_kernels.flash_attention.config import RESIDUAL_NAMES, AttentionSpec
 from pallas_kernels.numerics import E4M3_MAX, E5M2_MAX, LN2, LOG2E
 
 E4M3 = jnp.float8_e4m3fn
@@ -136,6 +137,9 @@ def attention(q, k, v, q_segment_ids, kv_segment_ids, spec: AttentionSpec, kerne
 def _attention_fwd(q, k, v, q_segment_ids, kv_segment_ids, spec, kernels):
     inputs = quantize_inputs(q, k, v, spec)
     out, statistics = kernels.fp8_forward(inputs, q_segment_ids, kv_segment_ids, spec)
+    out_name, lse_name = RESIDUAL_NAMES
+    out = checkpoint_name(out, out_name)
+    statistics = Statistics(*(checkpoint_name(x, lse_name) for x in statistics))
     lse = statistics.lse2.transpose(0, 2, 1) * LN2
     if inputs.key_mean is not None:
         lse += spec.softmax_scale * dot_with_mean(q, inputs.key_mean)

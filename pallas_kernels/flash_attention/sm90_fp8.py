@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention import fp8, sm90, sm90_bwd_fp8, sm90_fwd_fp8, tuning
+from pallas_kernels.flash_attention import cudnn, fp8, sm90, sm90_bwd_fp8, sm90_fwd_fp8, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.flash_attention.masks import Band
 from pallas_kernels.flash_attention.sm90_fwd_plan import Plan
@@ -218,8 +218,15 @@ def bf16_backward(
     gradients: tuple[Array, Array],
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8.Kernels.bf16_backward`."""
-    del q, k, v, q_segment_ids, kv_segment_ids, outputs, gradients, spec
-    raise NotImplementedError(
-        "backward='bf16' has no Mosaic kernel yet; use implementation='xla' to differentiate"
-    )
+    """Implements `fp8.Kernels.bf16_backward`, by cuDNN."""
+    spec = dataclasses.replace(spec, precision="bf16")
+    reason = cudnn.unsupported_reason(spec)
+    if spec.return_lse:
+        reason = "cuDNN has no gradient of the log-sum-exp"
+    if reason is not None:
+        raise NotImplementedError(
+            f"backward='bf16' of precision='fp8' cannot run: {reason}, or pass"
+            " fp8_options=Fp8Options(backward='fp8')"
+        )
+    out, lse = outputs
+    return cudnn.backward(q, k, v, q_segment_ids, kv_segment_ids, out, lse, gradients[0], spec)

@@ -118,7 +118,8 @@ BAD_INPUTS = {
         True,
     ),
     "attention precision": BadInput(
-        lambda _: {"model.attention-precision": "fp8"}, ["--model.attention-precision=fp8"], True
+        lambda _: {"model.attention-precision": "fp8", "model.head-dim": 24},
+        ["--model.attention-precision=fp8", "power of two", "--model.head-dim"],
     ),
 }
 

@@ -133,7 +133,10 @@ def test_gpu_without_fp8_is_refused(on_gpu):
     [
         ({"attention_implementation": "cudnn"}, "attention-implementation=cudnn.*Hopper"),
         ({"attention_implementation": "mosaic"}, "attention-implementation=mosaic.*Hopper"),
-        ({"attention_precision": "fp8"}, "attention-precision=fp8.*use precision='bf16'"),
+        (
+            {"attention_precision": "fp8", "attention_implementation": "cudnn"},
+            "attention-precision=fp8.*Hopper",
+        ),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import Fp8Options, flash_attention
 from pallas_kernels.flash_attention import fp8, fp8_xla
+from pallas_kernels.flash_attention.config import RESIDUAL_NAMES
 from tests.pallas_kernels.cases import CASES, Case
 
 OFF = Fp8Options(rotate=False, center_keys=False)
@@ -261,3 +262,15 @@ def test_call_rejects_what_the_options_cannot_do():
     with pytest.raises(ValueError, match="precision='bf16' takes no fp8_options"):
         flash_attention(x, x, x, fp8_options=OFF)
     assert flash_attention(x, x, x, precision="fp8", fp8_options=OFF).shape == x.shape
+
+
+def test_a_remat_policy_that_saves_the_named_residuals_runs_no_forward_twice():
+    x = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.bfloat16)
+    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def attend(q):
+        return flash_attention(q, q, q, precision="fp8", implementation="xla")
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda q: attend(q).astype(jnp.float32).sum()))(x))
+    assert jaxpr.count("cummax") == 1, "the running maximum is the forward's alone"
