@@ -184,9 +184,9 @@ def _attend_fwd(q, k, v, bias, spec):
 
 def _attend_bwd(spec, residuals, gradients):
     q, k, v, bias, out, lse = residuals
-    dq, dk, dv, *_ = cudnn._dot_product_attention_bwd_rule(
-        *_options(bias, spec, True), (*_operands(q, k, v, bias), lse, out), (gradients[0], None)
-    )
+    saved = (*_operands(q, k, v, bias), lse, out)
+    arguments = (*_options(bias, spec, True), saved, (gradients[0], None))
+    dq, dk, dv, *_ = cudnn._dot_product_attention_bwd_rule(*arguments)
     return dq, dk, dv, None
 
 
@@ -210,7 +210,8 @@ def backward(
         bias, _ = _segment_bias(q_segment_ids, kv_segment_ids, spec)
     # Makes the probabilities of a query that sees no key 0.
     lse = jnp.where(lse == -jnp.inf, _NO_KEY_LSE, lse).transpose(0, 2, 1)
-    return _attend_bwd(spec, (q, k, v, bias, out, lse), (dout, None))[:3]
+    gradients: Any = _attend_bwd(spec, (q, k, v, bias, out, lse), (dout, None))
+    return gradients[:3]
 
 
 def _operands(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, ...]:

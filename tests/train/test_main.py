@@ -118,8 +118,9 @@ BAD_INPUTS = {
         True,
     ),
     "attention precision": BadInput(
-        lambda _: {"model.attention-precision": "fp8", "model.head-dim": 24},
-        ["--model.attention-precision=fp8", "power of two", "--model.head-dim"],
+        lambda _: {"model.attention-precision": "fp8", "model.attention-implementation": "cudnn"},
+        ["--model.attention-precision=fp8", "Hopper"],
+        True,
     ),
 }
 
