@@ -33,6 +33,7 @@ class Kill:
     delay_s: float
     exit_code: int
     newest_checkpoint: int
+    """Step of the newest whole checkpoint that it left; 0 for none."""
     last_line: str
     """Of its output."""
 
@@ -104,13 +105,22 @@ class Campaign:
 
     def _phase_begun(self, run: int, phase: str, log: Path) -> Callable[[], bool]:
         directory = self.directory(run)
+        newest = max(checkpoints(directory), default=0)
         if phase == "data":
             return lambda: True
         if phase == "compile":
             return lambda: "compiling the step" in log.read_text()
         if phase == "step":
-            return lambda: "start at step" in log.read_text()
-        return lambda: any((directory / "checkpoints").glob("*.incomplete"))
+            # A few steps or a few checkpoints on, so that runs get ahead between the kills.
+            wanted = newest + self.random.integers(1, 3 * _EVERY)
+            return lambda: (
+                "start at step" in log.read_text()
+                and max((r["step"] for r in records(directory, "train")), default=0) >= wanted
+            )
+        wanted = newest + _EVERY * self.random.integers(1, 4)
+        return lambda: any(
+            int(path.stem) >= wanted for path in (directory / "checkpoints").glob("*.incomplete")
+        )
 
     @staticmethod
     def _wait(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
