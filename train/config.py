@@ -457,6 +457,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         or a value that a class refuses, in the file or on the command line.
     """
     arguments = list(arguments)
+    for argument in arguments:
+        if "\0" in argument or _is_torn(argument):
+            _exit(f"the argument {argument!r} is not text in UTF-8; rename the file, or link to it")
     try:
         file, arguments = _take_config_file(arguments)
         table = tomllib.loads(file.read_text()) if file else {}
@@ -477,6 +480,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     return dataclasses.replace(
         config, run=dataclasses.replace(config.run, name=name, directory=directory)
     )
+
+
+def _is_torn(text: str) -> bool:
+    """Whether `text` stands for bytes that are not UTF-8, as Python hands them over."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _exit(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Configs as TOML text, and TOML as command-line arguments."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,13 +41,8 @@ def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = (
-            value.replace("\\", "\\\\")
-            .replace('"', '\\"')
-            .replace("\n", "\\n")
-            .replace("\t", "\\t")
-        )
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's, save that TOML wants one for DEL too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     return repr(value)

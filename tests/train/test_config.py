@@ -82,10 +82,17 @@ def test_text_in_a_file_cannot_become_an_option(tmp_path, capsys):
     assert "data.path = '--run.steps' must not begin with --" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argument", [b"a\xffb".decode("utf-8", "surrogateescape"), "a\0b"])
+def test_argument_that_is_no_text(argument, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--data.path", argument])
+    assert "is not text in UTF-8" in capsys.readouterr().err
+
+
 def test_resolved_config_survives_the_round_trip(tmp_path):
-    config = parse(
-        ["--fp8.margin", "-2", "--data.path", 'a "b"\\c', "d", "--fp8.skip-layers", "*.down"]
-    )
+    text = 'a "b"\\c\n\t\b\x1f\x7f\u2028é😀'
+    config = parse(["--fp8.margin", "-2", "--data.path", text, "d", "--fp8.skip-layers", "*.down"])
+    assert config.data.path == (text, "d")
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config))
     assert parse(["--config", str(file)]) == config
