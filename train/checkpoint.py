@@ -129,7 +129,7 @@ class Checkpointer:
         """Steps of the checkpoints in the folder, oldest first; damaged ones included."""
         if not self._directory.is_dir():
             return []
-        return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+        return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
 
     # Saving.
 
@@ -297,7 +297,7 @@ class Checkpointer:
 
     def _remove_leftovers(self) -> None:
         for path in self._directory.iterdir():
-            if path.stem.isdigit() and path.suffix in (_INCOMPLETE, _DELETED):
+            if path.stem.isdecimal() and path.suffix in (_INCOMPLETE, _DELETED):
                 _remove(path)
 
     def _incomplete(self, step: int) -> Path:

@@ -235,7 +235,7 @@ def _take_lock(path: Path) -> io.TextIOWrapper:
 def _check_resume(path: Path, config: TrainConfig) -> bool:
     """Returns whether training was done here, which `run.resume` must allow to go on from."""
     folder = path / CHECKPOINT_FOLDER
-    has_checkpoint = folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+    has_checkpoint = folder.is_dir() and any(p.name.isdecimal() for p in folder.iterdir())
     # A start that failed before its first step leaves a config and no more: the next one, with the
     # mistake put right, is not bound by it.
     metrics = path / METRICS_FILE
