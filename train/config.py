@@ -15,6 +15,7 @@ from typing import Literal, NoReturn
 
 import tyro
 
+from train.arguments import capitalise_booleans, is_torn, take_config_file
 from train.toml_text import flatten
 
 FP8_ALIGNMENT = 16  # cuBLASLt and wgmma take 8-bit operands in units of 16 bytes.
@@ -420,30 +421,6 @@ class TrainConfig:
             )
 
 
-def _capitalise_booleans(arguments: list[str]) -> list[str]:
-    """Writes true and false, as TOML spells them, the way the parser wants: True and False."""
-    words = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if argument in ("true", "false") and words and words[-1] in _boolean_options():
-            words.append(argument.capitalize())
-        elif value in ("true", "false") and name in _boolean_options():
-            words.append(name + equals + value.capitalize())
-        else:
-            words.append(argument)
-    return words
-
-
-def _boolean_options() -> set[str]:
-    defaults = TrainConfig()
-    return {
-        f"--{section.name}.{field.name.replace('_', '-')}"
-        for section in dataclasses.fields(defaults)
-        for field in dataclasses.fields(getattr(defaults, section.name))
-        if field.type is bool
-    }
-
-
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """Reads `[--config FILE.toml] [--section.key value ...]`; later values win.
 
@@ -458,10 +435,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """
     arguments = list(arguments)
     for argument in arguments:
-        if "\0" in argument or _is_torn(argument):
+        if "\0" in argument or is_torn(argument):
             _exit(f"the argument {argument!r} is not text in UTF-8; rename the file, or link to it")
     try:
-        file, arguments = _take_config_file(arguments)
+        file, arguments = take_config_file(arguments)
         table = tomllib.loads(file.read_text()) if file else {}
         from_file = list(flatten(table))
     except (OSError, ValueError) as error:
@@ -470,7 +447,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         config = tyro.cli(
             TrainConfig,
             prog="python -m train.main",
-            args=_capitalise_booleans([*from_file, *arguments]),
+            args=capitalise_booleans([*from_file, *arguments], TrainConfig()),
             config=(tyro.conf.FlagConversionOff,),
         )
     except ConfigError as error:
@@ -482,22 +459,6 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     )
 
 
-def _is_torn(text: str) -> bool:
-    """Whether `text` stands for bytes that are not UTF-8, as Python hands them over."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def _exit(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _take_config_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    for i, argument in enumerate(arguments):
-        if argument == "--config":
-            if i + 1 == len(arguments):
-                raise ConfigError("needs the path of a TOML file")
-            return Path(arguments[i + 1]), arguments[:i] + arguments[i + 2 :]
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config=")), arguments[:i] + arguments[i + 1 :]
-    return None, arguments
