@@ -91,6 +91,21 @@ _TUNED_ON = (
 )
 
 
+def fp8_tasks(directions: Sequence[str], max_configs: int, fast: bool) -> Iterator[dict[str, Any]]:
+    """Yields what the FP8 workers are to do; arguments as those of `tasks`."""
+    head_dims = (128,) if fast else (128, 64, 256)
+    for direction in directions:
+        yield {"kind": "fp8 check", "direction": direction, "timeout_s": 150}
+        for head_dim in head_dims:
+            if direction == "forward" or head_dim <= 128:
+                yield _timing(direction, head_dim, None) | {"kind": "fp8 time"}
+    yield {"kind": "fp8 accuracy", "timeout_s": 120}
+    if "forward" in directions:  # the backward has one config
+        for head_dim in head_dims:
+            for index in range(max_configs):
+                yield _timing("forward", head_dim, index) | {"kind": "fp8 time"}
+
+
 def tasks(directions: Sequence[str], max_configs: int, fast: bool) -> Iterator[dict[str, Any]]:
     """Yields what the workers are to do, the most important first.
 
@@ -136,7 +151,8 @@ def run_worker(task: dict[str, Any]) -> dict[str, Any]:
         # The peers are the same in every part: compile them once.
         "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "attention_benchmark_cache"),
     }
-    command = [sys.executable, "-m", "benchmarks.attention_worker", json.dumps(task)]
+    worker = "attention_fp8_worker" if task["kind"].startswith("fp8") else "attention_worker"
+    command = [sys.executable, "-m", f"benchmarks.{worker}", json.dumps(task)]
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -201,6 +217,14 @@ def report(parts: Sequence[dict[str, Any]]) -> str:
         sections.append(
             markdown_table(["direction", "case", "of", "error", "bound", "verdict"], checks)
         )
+    accuracy = [
+        [r["case"], r["contender"], *(f"{r[what]:.4f}" for what in ("out", "dq", "dk", "dv"))]
+        for r in rows
+        if r["kind"] == "accuracy"
+    ]
+    if accuracy:
+        header = ["inputs", "contender", "out", "dq", "dk", "dv"]
+        sections.append(markdown_table(header, accuracy))
     if times:
         header = ["direction", "shape", "contender", "ms", "TFLOP/s", "vs cuDNN", "note"]
         sections.append(markdown_table(header, times))
@@ -212,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="result file (JSON)")
     parser.add_argument("--directions", nargs="+", choices=_DIRECTIONS, default=["forward"])
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--max-configs", type=int, default=20, help="candidates per head dim")
     parser.add_argument("--deadline-s", type=float, default=3600.0, help="start no part after this")
     parser.add_argument("--fast", action="store_true", help="head dim 128 alone")
@@ -219,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     result: dict[str, Any] = {"host": platform.node(), "python": platform.python_version()}
     parts = result["parts"] = []
-    for task in tasks(options.directions, options.max_configs, options.fast):
+    make_tasks = fp8_tasks if options.precision == "fp8" else tasks
+    for task in make_tasks(options.directions, options.max_configs, options.fast):
         left = options.deadline_s - (time.monotonic() - started)
         if left <= 10:
             result["stopped_at_deadline"] = True

@@ -7,6 +7,7 @@ padding. The maths is `fp8`'s, the kernels are in `sm90_fwd_fp8` and `sm90_bwd_f
 import dataclasses
 import functools
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -70,28 +71,37 @@ def fp8_forward(
       config: how to cut the work; looked up if None.
       interpret: run in the CPU interpreter.
     """
-    plan = Plan(
-        spec=spec,
-        config=config or tuning.forward_config(spec),
-        sm_count=sm90.sm_count(),
-        interpret=interpret,
-    )
+    plan = forward_plan(spec, config=config, interpret=interpret)
+    operands = forward_operands(inputs, q_segment_ids, kv_segment_ids, plan)
+    out, statistics = sm90_fwd_fp8.launch(*operands, plan=plan)
+    length = spec.query_length
+    return out[:, :length], fp8.Statistics(*(x[:, :, :length] for x in statistics))
+
+
+def forward_plan(
+    spec: AttentionSpec, *, config: ForwardConfig | None = None, interpret: bool = False
+) -> Plan:
+    """Returns the plan of the forward kernel; `config` is looked up if None."""
+    config = config or tuning.forward_config(spec)
+    return Plan(spec=spec, config=config, sm_count=sm90.sm_count(), interpret=interpret)
+
+
+def forward_operands(
+    inputs: fp8.Inputs, q_segment_ids: Array | None, kv_segment_ids: Array | None, plan: Plan
+) -> tuple[Any, ...]:
+    """Returns the arguments of `sm90_fwd_fp8.launch`: padded, and V transposed."""
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = sm90.segment_operands(plan, q_segment_ids, kv_segment_ids)
-    padding = plan.padded_key_length - spec.key_length
-    v_t = jnp.pad(inputs.v, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 3, 1)
-    out, statistics = sm90_fwd_fp8.launch(
+    v_t = _pad(inputs.v, plan.padded_key_length).transpose(0, 2, 3, 1)
+    return (
         sm90.pad_length(inputs.q),
         sm90.pad_length(inputs.k),
         fp8.permute_16(v_t, 3),
-        fp8.exponent_factor(inputs, spec),
+        fp8.exponent_factor(inputs, plan.spec),
         inputs.v_scale,
         segments,
-        plan=plan,
     )
-    length = spec.query_length
-    return out[:, :length], fp8.Statistics(*(x[:, :, :length] for x in statistics))
 
 
 def fp8_backward(
@@ -108,6 +118,19 @@ def fp8_backward(
     if reason is not None:
         raise NotImplementedError(f"precision='fp8' cannot be differentiated here: {reason}")
     plan = sm90_bwd_fp8.Plan(spec=spec, interpret=interpret)
+    operands = backward_operands(inputs, gradients, q_segment_ids, kv_segment_ids, plan)
+    dq, dk, dv = sm90_bwd_fp8.launch(operands, plan=plan)
+    return dq[:, : spec.query_length], dk[:, : spec.key_length], dv[:, : spec.key_length]
+
+
+def backward_operands(
+    inputs: fp8.Inputs,
+    gradients: fp8.Gradients,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    plan: sm90_bwd_fp8.Plan,
+) -> sm90_bwd_fp8.Inputs:
+    """Returns the argument of `sm90_bwd_fp8.launch`: padded, and with transposed copies."""
     length = plan.num_q_blocks * sm90_bwd_fp8.BLOCK_Q
     key_length = plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV
     queries = functools.partial(_pad, length=length)
@@ -128,7 +151,7 @@ def fp8_backward(
     ids = None, None
     if q_segment_ids is not None and kv_segment_ids is not None:
         ids = _pad_ids(q_segment_ids, length), _pad_ids(kv_segment_ids, key_length)
-    operands = sm90_bwd_fp8.Inputs(
+    return sm90_bwd_fp8.Inputs(
         q=queries(inputs.q),
         k=keys(inputs.k),
         v=keys(inputs.v),
@@ -137,13 +160,11 @@ def fp8_backward(
         dout_t=fp8.permute_16(columns(queries(gradients.dout_rows)), 3),
         k_t=fp8.permute_28(columns(keys(inputs.k)), 3),
         rows=rows,
-        factor=fp8.exponent_factor(inputs, spec),
+        factor=fp8.exponent_factor(inputs, plan.spec),
         block_ranges=query_block_ranges(plan, *ids),
         q_ids=ids[0],
         kv_ids=ids[1],
     )
-    dq, dk, dv = sm90_bwd_fp8.launch(operands, plan=plan)
-    return dq[:, : spec.query_length], dk[:, : spec.key_length], dv[:, : spec.key_length]
 
 
 def query_block_ranges(plan: sm90_bwd_fp8.Plan, q_ids: Array | None, kv_ids: Array | None) -> Array:
