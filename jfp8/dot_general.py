@@ -67,6 +67,12 @@ class _Static:
     lhs_sharding: NamedSharding | None
     rhs_sharding: NamedSharding | None
 
+    @property
+    def wgrad_dtype(self) -> np.dtype:
+        """What the GEMM of the gradient of rhs writes."""
+        is_narrow = self.recipe.weight_grad_dtype == "bfloat16"
+        return np.dtype(jnp.bfloat16) if is_narrow else self.rhs_dtype
+
 
 def dot_general(
     lhs: jax.Array,
@@ -92,7 +98,8 @@ def dot_general(
       recipe: static.
 
     Returns: batch, free lhs and free rhs dimensions, as `jax.lax.dot_general`, in `lhs.dtype`. The
-      derivatives have the dtypes of lhs and rhs, straight from the accumulators of the GEMMs.
+      derivatives have the dtypes of lhs and rhs, straight from the accumulators of the GEMMs unless
+      `recipe.weight_grad_dtype` rounds that of rhs.
 
     Raises:
       ValueError: for a dtype, a size or a state that the recipe cannot take.
@@ -172,7 +179,8 @@ def _fp8_bwd(
     with jax.named_scope("fp8_dot/dgrad"):
         dlhs = dgrad_gemm(cast_grad, q_rhs, scale[RHS], static.lhs_dtype, static.lhs_sharding)
     with jax.named_scope("fp8_dot/wgrad"):
-        drhs = wgrad_gemm(q_lhs, scale[LHS], cast_grad, static.rhs_dtype, static.rhs_sharding)
+        drhs = wgrad_gemm(q_lhs, scale[LHS], cast_grad, static.wgrad_dtype, static.rhs_sharding)
+        drhs = drhs.astype(static.rhs_dtype)
     with jax.named_scope("fp8_dot/observe"):
         counted = (
             sampled_elements(*matrix_shape(q_lhs, transposed=cast_grad.columns is not None)),
@@ -209,7 +217,8 @@ def _bf16_bwd(
             grad, rhs.astype(grad.dtype), DGRAD, static.lhs_dtype, FAST, static.lhs_sharding
         )
     with jax.named_scope("bf16_dot/wgrad"):
-        drhs = gemm(lhs, grad, WGRAD, static.rhs_dtype, FAST, static.rhs_sharding)
+        drhs = gemm(lhs, grad, WGRAD, static.wgrad_dtype, FAST, static.rhs_sharding)
+        drhs = drhs.astype(static.rhs_dtype)
     return dlhs, drhs
 
 

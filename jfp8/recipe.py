@@ -10,6 +10,7 @@ RecipeName = Literal["bf16", "delayed", "current"]
 GradientFormat = Literal["e5m2", "e4m3"]
 Calibration = Literal["inline", "explicit"]
 QuantizeImplementation = Literal["xla", "mosaic"]
+WeightGradDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,9 @@ class Recipe:
     quantize_implementation: QuantizeImplementation = "xla"
     """Who casts and transposes. xla: any device and shape. mosaic: Pallas kernels for Hopper, one
     pass over each tensor; M and K must be multiples of 128, N of 64. Both cast alike."""
+    weight_grad_dtype: WeightGradDtype = "float32"
+    """What the GEMM of a float32 rhs's gradient writes. bfloat16 halves the memory traffic of every
+    such gradient for one rounding, as torch's autocast does; the sum inside stays float32."""
     skip: tuple[str, ...] = ()
     """Glob patterns of layer names that stay in bf16 (see `for_layer`)."""
 
@@ -47,6 +51,7 @@ class Recipe:
             ("gradient_format", get_args(GradientFormat)),
             ("calibration", get_args(Calibration)),
             ("quantize_implementation", get_args(QuantizeImplementation)),
+            ("weight_grad_dtype", get_args(WeightGradDtype)),
         ):
             value = getattr(self, field)
             if value not in choices:

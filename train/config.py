@@ -155,6 +155,8 @@ class Fp8Config:
     """Glob patterns of GEMM names (such as "*.down") that stay in bf16."""
     quantize_implementation: Literal["xla", "mosaic"] = "xla"
     """xla: any device. mosaic: Hopper's Pallas kernels, which cast and transpose in one pass."""
+    weight_grad_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What weight-gradient GEMMs write, under any recipe; sums over microbatches are float32."""
     minimum_fraction: float = 0.95
     """On a GPU, stop before the first step if less of the block GEMM FLOPs runs in FP8."""
     inspect_every: int = 0

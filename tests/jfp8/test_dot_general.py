@@ -233,6 +233,24 @@ def test_bf16_recipe_is_the_plain_dot_with_float32_weight_gradient():
     assert reference.sqnr_db(x64.T @ g64, dw) > 100  # never rounded to bfloat16
 
 
+@pytest.mark.parametrize("name", ["bf16", "delayed", "current"])
+def test_weight_gradient_in_bfloat16_is_one_rounding_of_the_float32_sum(name):
+    x, w = normal(0, 4096, 32, dtype=jnp.bfloat16), normal(1, 32, 48)
+    g = normal(2, 4096, 48, dtype=jnp.bfloat16)
+    exact, narrow = (
+        value_and_gradients(jfp8.Recipe(name=name, weight_grad_dtype=dtype), x, w, g)
+        for dtype in ("float32", "bfloat16")
+    )
+    for a, b in ((exact[0], narrow[0]), (exact[1], narrow[1])):
+        np.testing.assert_array_equal(a, b)
+    assert narrow[2].dtype == jnp.float32  # what the optimizer gets
+    # Half a unit in the last of 8 bits is at most 2**-8; a sum in bfloat16 would be far off.
+    error = np.abs(np.asarray(narrow[2] - exact[2], np.float64))
+    assert (error <= 1.001 * 2.0**-8 * np.abs(np.asarray(exact[2], np.float64))).all()
+    if name != "bf16":  # there XLA:CPU drops the rounding, as it may unless told otherwise
+        np.testing.assert_array_equal(narrow[2], narrow[2].astype(jnp.bfloat16))
+
+
 def test_bf16_recipe_leaves_a_state_alone():
     recipe = jfp8.Recipe(name="bf16")
     state = jfp8.init_state(jfp8.Recipe())
