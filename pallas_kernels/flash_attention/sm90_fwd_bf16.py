@@ -35,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_attention.sm90_fwd_loop import (
     NEG_INF,
     Loop,
+    for_each_block,
     mask,
     pass_turn,
     pin,
@@ -58,6 +59,8 @@ from pallas_kernels.mosaic import (
     MATRIX,
     PER_ROW,
     ROWS,
+    partial_row_sums,
+    total_row_sums,
 )
 from pallas_kernels.numerics import LN2, LOG2E
 
@@ -101,14 +104,13 @@ class _State(NamedTuple):
 
     out: Array  # [ROWS, H], float32: sum of P V, without the last block's
     row_max: Array  # [ROWS], of c * S
-    row_sum: Array  # [ROWS]
+    row_sum: Array  # [ROWS], each thread's part
     p: Array  # [ROWS, block_kv]: the last block's P
 
 
 def _attend(loop: Loop) -> _State:
     """Runs the loop over key blocks for ROWS queries; `p` of the result is used up."""
-    state = _first_block(loop)
-    state = lax.fori_loop(1, loop.num_blocks, functools.partial(_next_block, loop), state)
+    state = for_each_block(loop, functools.partial(_next_block, loop), _first_block(loop), first=1)
     if not loop.plan.config.reuse_q_smem:
         plgpu.barrier_arrive(loop.scratch.q_free)
     last = loop.num_blocks - 1
@@ -137,14 +139,14 @@ def _first_block(loop: Loop) -> _State:
     wait_for_k(loop, first)
     s = pl.run_scoped(product, _logits_type(plan))
     row_max, row_sum = row_constant(NEG_INF, jnp.float32), row_constant(0.0, jnp.float32)
-    p, row_max, row_sum, _ = _softmax(loop, first, s, row_max, row_sum)
+    p, row_max, row_sum, _ = _softmax(loop, mask(loop, first, s), row_max, row_sum)
     plgpu.barrier_arrive(scratch.k_free.at[loop.stage(first)])
     wait_for_k(loop, first + 1)
     out = jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32)
     return _State(plgpu.layout_cast(out, MATRIX), row_max, row_sum, p.astype(plan.spec.dtype))
 
 
-def _next_block(loop: Loop, j: Array, state: _State) -> _State:
+def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _State:
     """Computes P of block j, and adds the product of block j - 1 to the output."""
     plan, scratch = loop.plan, loop.scratch
     k_free, v_free = scratch.k_free.at[loop.stage(j)], scratch.v_free.at[loop.stage(j - 1)]
@@ -157,7 +159,8 @@ def _next_block(loop: Loop, j: Array, state: _State) -> _State:
         pass_turn(plan, scratch)
         if plan.config.overlap:
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-            result = _softmax(loop, j, s, state.row_max, state.row_sum)
+            s = mask(loop, j, s) if may_be_masked else s
+            result = _softmax(loop, s, state.row_max, state.row_sum)
             plgpu.barrier_arrive(k_free)
             # The pin, and the branch of the wait, keep ptxas from moving the wait for P V
             # ahead of the softmax.
@@ -168,7 +171,8 @@ def _next_block(loop: Loop, j: Array, state: _State) -> _State:
             return result, out
         out = _read_out(loop, o_acc, state)
         plgpu.barrier_arrive(v_free)
-        result = _softmax(loop, j, s_acc[...], state.row_max, state.row_sum)
+        s = mask(loop, j, s_acc[...]) if may_be_masked else s_acc[...]
+        result = _softmax(loop, s, state.row_max, state.row_sum)
         plgpu.barrier_arrive(k_free)
         wait_for_k(loop, j + 1)
         return result, out
@@ -216,17 +220,17 @@ def _read_out(loop: Loop, o_acc: Any, state: _State) -> Array:
 
 
 def _softmax(
-    loop: Loop, j: Array, s: Array, row_max: Array, row_sum: Array
+    loop: Loop, s: Array, row_max: Array, row_sum: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Masks S of block j; returns P, the new row maximum and sum, and exp2(m - m')."""
+    """Returns P of masked logits, the new row maximum and sum, and exp2(m - m')."""
     scale = loop.plan.spec.softmax_scale * LOG2E
-    s = mask(loop, j, s)
     new_max = jnp.maximum(row_max, s.max(axis=1) * scale)
     # A row without any key so far has maximum -inf; 0 keeps inf - inf out of the exponent.
     reference = jnp.where(new_max == NEG_INF, 0.0, new_max)
     decay = jnp.exp2(row_max - reference)
     p = jnp.exp2(s * scale - spread_rows(reference, s.shape))
-    return p, new_max, row_sum * decay + p.sum(axis=1), decay
+    part = partial_row_sums(p, interpret=loop.plan.interpret)
+    return p, new_max, row_sum * decay + part, decay
 
 
 def _store(
@@ -240,8 +244,9 @@ def _store(
     out_gmem, lse_gmem = outputs
     rows = pl.ds(lax.axis_index("wg") * ROWS, ROWS)
     out_smem = (scratch.q if plan.config.reuse_q_smem else scratch.out).at[rows]
-    is_empty = state.row_sum == 0.0
-    row_sum = jnp.where(is_empty, 1.0, state.row_sum)
+    row_sum = total_row_sums(state.row_sum, interpret=plan.interpret)
+    is_empty = row_sum == 0.0
+    row_sum = jnp.where(is_empty, 1.0, row_sum)
     out = state.out * spread_rows(1.0 / row_sum, state.out.shape)
     lse = jnp.where(is_empty, NEG_INF, state.row_max * LN2 + jnp.log(row_sum))
     queries = pl.ds(tile.q_tile * plan.tile_q + lax.axis_index("wg") * ROWS, ROWS)

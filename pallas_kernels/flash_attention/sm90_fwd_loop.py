@@ -5,6 +5,7 @@ of the warpgroups, masks.
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
 # warpgroups.
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -139,6 +140,33 @@ def spread_rows(x: Array, shape: tuple[int, ...]) -> Array:
 def row_constant(value: Any, dtype: Any) -> Array:
     """Returns `value` for each row."""
     return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), PER_ROW)
+
+
+def for_each_block(
+    loop: Loop, step: Callable[[bool, Array, Any], Any], state: Any, *, first: int
+) -> Any:
+    """Calls `state = step(may_be_masked, j, state)` for each block j from `first`, in order.
+
+    The blocks that need no mask, mostly all but one or two, have a loop of their own: a branch
+    around the mask inside of one loop would keep the compiler from overlapping its blocks.
+    """
+    plan, blocks = loop.plan, loop.blocks
+    # In order of j: the blocks past the last one without a mask, those without, and those before.
+    sees_all = _clip(blocks.stop - blocks.full_stop, first, loop.num_blocks)
+    before = _clip(blocks.stop - blocks.full_start, sees_all, loop.num_blocks)
+    band, has_segments = plan.spec.band, plan.spec.has_segments
+    # Only block 0 reaches past the last key, so without a band `step` has `first` > 0 to skip it.
+    if band.right is not None or has_segments or first == 0:
+        state = lax.fori_loop(first, sees_all, functools.partial(step, True), state)
+    state = lax.fori_loop(sees_all, before, functools.partial(step, False), state)
+    if band.left is not None or has_segments:
+        state = lax.fori_loop(before, loop.num_blocks, functools.partial(step, True), state)
+    return state
+
+
+def _clip(x: Array, low: Array | int, high: Array) -> Array:
+    """Bounds a scalar; `low` <= `high`."""
+    return jnp.minimum(jnp.maximum(x, low), high)
 
 
 def mask(loop: Loop, j: Array, s: Array) -> Array:
