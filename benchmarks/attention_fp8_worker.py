@@ -316,9 +316,15 @@ def _contenders(shape: Shape, task: dict[str, Any]) -> dict[str, Call]:
         if task["candidate"] is not None:
             return calls
         calls["fp8 with quantising"] = functools.partial(jax.jit(whole), q, k, v)
+        own = jax.jit(_own_transposes(whole))
+        calls["fp8 with quantising, own transposes"] = functools.partial(own, q, k, v)
     else:
         calls = {"fp8 kernel": _backward_kernel(spec, *arrays)}
-        for contender, call in (("cudnn bf16", bf16), ("fp8 with quantising", whole)):
+        for contender, call in (
+            ("cudnn bf16", bf16),
+            ("fp8 with quantising", whole),
+            ("fp8 with quantising, own transposes", _own_transposes(whole)),
+        ):
             _, vjp = jax.vjp(call, q, k, v)
             calls[contender] = functools.partial(jax.jit(lambda f, x: f(x)), vjp, dout)
     try:
@@ -326,6 +332,11 @@ def _contenders(shape: Shape, task: dict[str, Any]) -> dict[str, Call]:
     except Exception as error:  # the peer's limits are no failure of this part
         _emit_failure(shape, task, "cudnn fp8", error)
     return calls
+
+
+def _own_transposes(call: Call) -> Call:
+    """The same call with operands from the project's own kernel instead of XLA."""
+    return functools.partial(call, fp8_options=Fp8Options(transpose="mosaic"))
 
 
 def _forward_config(spec: AttentionSpec, candidate: int | None) -> Any:

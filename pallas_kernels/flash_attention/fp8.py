@@ -75,6 +75,15 @@ class Statistics(NamedTuple):
     row_max: Array  # [B, N, T], float32: u, the largest x
 
 
+class Source(NamedTuple):
+    """What the 8-bit query side of the backward is made of, for who makes it in one pass."""
+
+    dout: Array  # [B, T, N, H], spec.dtype
+    dout_inverse: Array  # [B, N], float32: Gradients.dout is dout times this
+    dout_factor: Array  # [B, N, T], float32: Gradients.dout_rows is dout times this
+    q_factor: Array  # [B, N, T], float32: Gradients.q_rows is Inputs.q times this
+
+
 class Gradients(NamedTuple):
     """What the backward kernels multiply, beside `Inputs`."""
 
@@ -87,6 +96,7 @@ class Gradients(NamedTuple):
     dq_factor: Array  # [B, N, T], float32: the sums times these are dQ, dK, dV
     dk_factor: Array  # [B, K], float32
     dv_factor: Array  # [B, K], float32
+    source: Source
 
 
 class Kernels(Protocol):
@@ -224,20 +234,24 @@ def quantize_gradients(
     products = (dout_8.astype(_F32) * out.astype(_F32)).sum(axis=3).transpose(0, 2, 1)
     delta = products * to_heads(dout_scale) - dlse
     rows = lambda x: x.transpose(0, 2, 1)[..., None]  # noqa: E731
-    q_shift = rows(jnp.exp2(shift - to_heads(top)))
+    q_factor = jnp.exp2(shift - to_heads(top))
+    source = Source(
+        dout, 1.0 / to_heads(dout_scale)[..., 0], jnp.exp2(-spread) / to_heads(dv_scale), q_factor
+    )
     factor = logits_scale(spec) * 2.0**-P_BITS
     return Gradients(
         dout=dout_8,
         dout_rows=to_8_bits(
             wide * rows(jnp.exp2(-spread)), rows_of(dv_scale, dout), dtype, largest
         ),
-        q_rows=to_8_bits(inputs.q.astype(_F32) * q_shift, 1.0),
+        q_rows=to_8_bits(inputs.q.astype(_F32) * rows(q_factor), 1.0),
         offset=jnp.where(sees_a_key, lse2 - spread - P_BITS, NO_ROW),
         slope=to_heads(dout_scale * inputs.v_scale) * jnp.exp2(-reach),
         delta=delta * jnp.exp2(-reach),
         dq_factor=factor * to_heads(inputs.k_scale) * jnp.exp2(reach - spread),
         dk_factor=factor * inputs.q_scale * jnp.exp2(top),
         dv_factor=dv_scale * 2.0**-P_BITS,
+        source=source,
     )
 
 

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention import cudnn, fp8, sm90, sm90_bwd_fp8, sm90_fwd_fp8, tuning
+from pallas_kernels.flash_attention import (
+    cudnn,
+    fp8,
+    sm90,
+    sm90_bwd_fp8,
+    sm90_columns_fp8,
+    sm90_fwd_fp8,
+    tuning,
+)
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.flash_attention.masks import Band
 from pallas_kernels.flash_attention.sm90_fwd_plan import Plan
@@ -93,11 +101,11 @@ def forward_operands(
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = sm90.segment_operands(plan, q_segment_ids, kv_segment_ids)
-    v_t = _pad(inputs.v, plan.padded_key_length).transpose(0, 2, 3, 1)
+    v_t = _columns(inputs.v, plan.padded_key_length, 16, plan.spec, plan.interpret)
     return (
         sm90.pad_length(inputs.q),
         sm90.pad_length(inputs.k),
-        fp8.permute_16(v_t, 3),
+        v_t,
         fp8.exponent_factor(inputs, plan.spec),
         inputs.v_scale,
         segments,
@@ -135,7 +143,20 @@ def backward_operands(
     key_length = plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV
     queries = functools.partial(_pad, length=length)
     keys = functools.partial(_pad, length=key_length)
-    columns = lambda x: x.transpose(0, 2, 3, 1)  # noqa: E731
+    source, dout = gradients.source, gradients.dout
+    if plan.spec.fp8.transpose == "mosaic":
+        run = functools.partial(
+            sm90_columns_fp8.columns_and_rows, order=16, interpret=plan.interpret
+        )
+        q_t, _ = run(inputs.q, source.q_factor, dtype=fp8.E4M3)
+        dout_t, dout_rows = run(
+            source.dout, source.dout_factor, dtype=dout.dtype, row_scale=source.dout_inverse
+        )
+        assert dout_rows is not None, "asked for by row_scale"
+        dout = dout_rows
+    else:
+        q_t = _columns(gradients.q_rows, length, 16, plan.spec)
+        dout_t = _columns(gradients.dout_rows, length, 16, plan.spec)
     rows = jnp.stack(
         [
             _pad_rows(x, length, value)
@@ -155,10 +176,10 @@ def backward_operands(
         q=queries(inputs.q),
         k=keys(inputs.k),
         v=keys(inputs.v),
-        dout=queries(gradients.dout),
-        q_t=fp8.permute_16(columns(queries(gradients.q_rows)), 3),
-        dout_t=fp8.permute_16(columns(queries(gradients.dout_rows)), 3),
-        k_t=fp8.permute_28(columns(keys(inputs.k)), 3),
+        dout=queries(dout),
+        q_t=q_t,
+        dout_t=dout_t,
+        k_t=_columns(inputs.k, key_length, 28, plan.spec, plan.interpret),
         rows=rows,
         factor=fp8.exponent_factor(inputs, plan.spec),
         block_ranges=query_block_ranges(plan, *ids),
@@ -212,6 +233,23 @@ def _backward_unsupported_reason(spec: AttentionSpec) -> str | None:
             " fp8_options=Fp8Options(backward='bf16') or deterministic=False"
         )
     return None
+
+
+def _columns(
+    x: Array,
+    length: int,
+    order: sm90_columns_fp8.Order,
+    spec: AttentionSpec,
+    interpret: bool = False,
+) -> Array:
+    """Transposes 8-bit `[B, L, heads, H]` to `[B, heads, H, length or more]`, zero beyond L."""
+    if spec.fp8.transpose == "mosaic":
+        ones = jnp.ones((x.shape[0], x.shape[2], x.shape[1]), jnp.float32)
+        return sm90_columns_fp8.columns_and_rows(
+            x, ones, dtype=x.dtype, order=order, interpret=interpret
+        )[0]
+    permute = fp8.permute_16 if order == 16 else fp8.permute_28
+    return permute(_pad(x, length).transpose(0, 2, 3, 1), 3)
 
 
 def _pad(x: Array, length: int) -> Array:
