@@ -6,7 +6,7 @@ with position p of l as `fp8.permute_16` or `fp8.permute_28` puts it. Without th
 and then transposes 8-bit numbers in a pass of its own.
 
 A CTA of one warpgroup takes 128 rows and up to 128 channels of a head, as two halves of 64 rows in
-the registers of a wgmma accumulator. Two rows make a row of 16-bit units, which stmatrix transposes:
+the registers of a wgmma accumulator. Two rows make one of 16-bit units, which stmatrix transposes:
   permute_28  a half is 64 rows in a row; a thread holds rows g and g + 8 of every 16: a unit
   permute_16  the halves are the even and the odd rows, the unit a row of each; units 4a + t of
               every 8 must go to 2t + a, which is a shuffle between the lanes of a warp
@@ -173,7 +173,7 @@ def _kernel(*refs: Any, plan: Plan, x: Any, factor: Any, columns: Any, full: Any
         natural = jnp.stack(scaled, axis=1).reshape(TILE_ROWS, -1)
         targets.at[0][...] = _round(plan, fp8.permute_16(natural, 0).T)
     else:
-        units = _unit_positions(pack_pairs(*scaled, plan.dtype))
+        units = _unit_positions(pack_pairs(scaled[0], scaled[1], plan.dtype))
         targets.at[0].transpose((1, 0))[...] = units
     plgpu.commit_smem()
     if plan.writes_rows:
