@@ -199,6 +199,8 @@ class DataConfig:
     """Sequences of one optimizer step, over all devices and microbatches."""
     validation_fraction: float = 0.05
     """Share of the documents, chosen by hash, that is held out."""
+    validation_unit: Literal["document", "folder"] = "document"
+    """What is held out whole: a document, or all below one entry of the folder data.path."""
     document_mask: bool = True
     """Attention and positions stop at document borders inside a packed sequence."""
     shuffle: bool = True

@@ -24,6 +24,8 @@ class Interrupt:
     def __init__(self) -> None:
         self.number = 0
         """The signal that asks to stop; 0 for none."""
+        self.is_silent = False
+        """Say nothing; for all processes of a run but the first."""
         self._is_deferred = False
 
     def __enter__(self) -> Self:
@@ -62,16 +64,16 @@ class Interrupt:
             name = signal.Signals(number).name
             if self._is_deferred and not self.number:
                 self.number = number
-                _say(f"{name}: finishing this step and saving; once more to stop at once")
+                self._say(f"{name}: finishing this step and saving; once more to stop at once")
             else:
-                _say(f"{name}: stopped; run the same command to go on")
+                self._say(f"{name}: stopped; run the same command to go on")
                 os._exit(128 + number)
+
+    def _say(self, line: str) -> None:
+        if not self.is_silent:
+            with contextlib.suppress(OSError):  # The terminal may be gone.
+                print(f"\n{line}", flush=True)
 
 
 def _do_nothing(number: int, frame: object) -> None:
     del number, frame
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # The terminal may be gone.
-        print(f"\n{line}", flush=True)

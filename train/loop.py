@@ -55,6 +55,7 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     index, count = _join_processes(config.mesh)
     say = _print if index == 0 else _keep_silent
+    interrupt.is_silent = index != 0
     with RunDirectory.open(config, process_index=index, report=say) as run:
         dataset = build_dataset(config, process_index=index, process_count=count, log=say)
         if config.log.sample_prompt:

@@ -31,6 +31,15 @@ def test_first_signal_in_deferred_sets_the_number_and_says_so(number, capfd):
         assert interrupt.number == number
 
 
+def test_silent_process_still_stops(capfd):
+    with Interrupt() as interrupt, interrupt.deferred():
+        interrupt.is_silent = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: interrupt.number)
+    assert interrupt.number == signal.SIGTERM
+    assert capfd.readouterr().out == ""
+
+
 def test_other_signals_keep_their_handlers():
     seen = []
     earlier = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))

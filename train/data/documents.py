@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -39,7 +40,8 @@ def split_documents(
     """Yields each distinct, non-empty document of `files` up to `config.max_bytes` in all.
 
     The side is decided by the content alone (the first 64 bits of its BLAKE2b digest against
-    `config.validation_fraction`), so it stays the same whatever other files are added.
+    `config.validation_fraction`), so it stays the same whatever other files are added. With
+    `config.validation_unit="folder"` it is decided by the name of the entry of the folder.
 
     Args:
       files: what to read, in this order.
@@ -67,7 +69,9 @@ def split_documents(
                 return
             seen.add(digest)
             tally.bytes += size
-            is_validation = int.from_bytes(digest[:8], "little") < threshold
+            chosen = hashlib.blake2b(os.fsencode(file.unit), digest_size=16).digest()
+            side = chosen if file.unit else digest
+            is_validation = int.from_bytes(side[:8], "little") < threshold
             yield SplitDocument(document, size, digest, is_validation)
 
 

@@ -66,6 +66,8 @@ class SourceFile:
     modified_ns: int
     skip_undecodable: bool = False
     shard: ShardMeta | None = None
+    unit: str = ""
+    """What its documents are held out with; empty: each document for itself."""
 
 
 class Document(NamedTuple):
@@ -88,11 +90,14 @@ def find_files(config: DataConfig) -> list[SourceFile]:
     files = []
     for name in config.path:
         if name == STDLIB:
-            files += _stdlib_files()
+            files += _stdlib_files(config)
             continue
         path = Path(name).expanduser()
         if path.is_dir():
-            files += [_source_file(match, config) for match in _folder_matches(path, config)]
+            files += [
+                _source_file(match, config, unit=_unit(match, path, config))
+                for match in _folder_matches(path, config)
+            ]
         elif not path.exists():
             raise DataError(
                 f"--data.path {name!r} does not exist (looked for {path.absolute()}); give a"
@@ -133,7 +138,12 @@ def _folder_matches(folder: Path, config: DataConfig) -> list[Path]:
     return sorted(matches, key=lambda match: match.relative_to(folder).as_posix())
 
 
-def _source_file(path: Path, config: DataConfig) -> SourceFile:
+def _unit(file: Path, folder: Path, config: DataConfig) -> str:
+    """The entry of `folder` that `file` lies in, where that is what is held out."""
+    return file.relative_to(folder).parts[0] if config.validation_unit == "folder" else ""
+
+
+def _source_file(path: Path, config: DataConfig, unit: str = "") -> SourceFile:
     kind = config.format if config.format != "auto" else _ENDINGS.get(path.suffix.lower())
     if kind is None:
         raise DataError(
@@ -143,10 +153,10 @@ def _source_file(path: Path, config: DataConfig) -> SourceFile:
         )
     stat = path.stat()
     shard = _shard_meta(path) if kind == "tokens" else None
-    return SourceFile(path.absolute(), kind, stat.st_size, stat.st_mtime_ns, shard=shard)
+    return SourceFile(path.absolute(), kind, stat.st_size, stat.st_mtime_ns, shard=shard, unit=unit)
 
 
-def _stdlib_files() -> list[SourceFile]:
+def _stdlib_files(config: DataConfig) -> list[SourceFile]:
     root = Path(sysconfig.get_path("stdlib"))
     matches = [
         match
@@ -163,7 +173,14 @@ def _stdlib_files() -> list[SourceFile]:
         stat = match.stat()
         # A few files of its test suite are in other encodings on purpose.
         files.append(
-            SourceFile(match, "text", stat.st_size, stat.st_mtime_ns, skip_undecodable=True)
+            SourceFile(
+                match,
+                "text",
+                stat.st_size,
+                stat.st_mtime_ns,
+                skip_undecodable=True,
+                unit=_unit(match, root, config),
+            )
         )
     return files
 

@@ -51,6 +51,28 @@ def test_side_of_the_split_is_the_content_hash_against_the_fraction(tmp_path):
     assert 30 <= held_out <= 70  # 50 +- 3.3 standard deviations of a fair hash
 
 
+def test_whole_entries_of_the_folder_are_held_out(tmp_path):
+    names = [f"package{i}" for i in range(40)]
+    (tmp_path / "d").mkdir()
+    for name in names:
+        write_texts(tmp_path / "d" / name, [f"{name} {i}" for i in range(3)])
+        write_texts(tmp_path / "d" / name / "inner", [f"{name} inner", "licence of all"])
+    (tmp_path / "d" / "single.txt").write_text("single")
+    options = {"validation_fraction": 0.3, "validation_unit": "folder"}
+    items, tally = split(tmp_path / "d", **options)
+    side: dict[str, set[bool]] = {}
+    for item in items:
+        if item.document.content != "licence of all":
+            side.setdefault(item.document.content.split()[0], set()).add(item.is_validation)
+    assert side.keys() == {*names, "single"}
+    for name, sides in side.items():
+        entry = name if name in names else "single.txt"
+        digest = hashlib.blake2b(entry.encode(), digest_size=16).digest()
+        assert sides == {int.from_bytes(digest[:8], "little") / 2**64 < 0.3}
+    assert {True} in side.values() and {False} in side.values()
+    assert tally.duplicates == 39  # of the licence: it is on one side only
+
+
 def test_split_does_not_move_when_files_are_added(tmp_path):
     texts = [f"document {i}" for i in range(60)]
     before, _ = split(write_texts(tmp_path / "d", texts[30:]), validation_fraction=0.3)
