@@ -7,6 +7,7 @@ docs/fp8_state.md explains the state. `jfp8.nnx` and `jfp8.linen` hold the Flax 
 
 from jfp8.dot_general import RESIDUAL_NAMES, dot_general
 from jfp8.formats import E4M3, E5M2, Format
+from jfp8.gemms import CastKernel, cast_kernel
 from jfp8.quantize import dequantize, quantize
 from jfp8.recipe import Recipe
 from jfp8.scaling import BINS, Health, ScalingState, health, init_state, update
@@ -14,6 +15,7 @@ from jfp8.swiglu_mlp import swiglu_mlp
 
 __all__ = [
     "BINS",
+    "CastKernel",
     "E4M3",
     "E5M2",
     "RESIDUAL_NAMES",
@@ -21,6 +23,7 @@ __all__ = [
     "Health",
     "Recipe",
     "ScalingState",
+    "cast_kernel",
     "dequantize",
     "dot_general",
     "health",

@@ -29,6 +29,7 @@ from jfp8.gemms import (
     FAST,
     FWD,
     WGRAD,
+    CastKernel,
     cast,
     dgrad_gemm,
     explicit_sharding,
@@ -37,6 +38,7 @@ from jfp8.gemms import (
     gemm,
     matrix_shape,
     replicated,
+    rhs_of,
     same_varying,
     save_for_dgrad,
     save_for_wgrad,
@@ -81,6 +83,7 @@ def dot_general(
     state: ScalingState | None,
     *,
     recipe: Recipe,
+    kernel_cast: CastKernel | None = None,
 ) -> jax.Array:
     """Multiplies `lhs` and `rhs` in FP8; differentiable.
 
@@ -96,6 +99,8 @@ def dot_general(
         the products M and N of the free sizes of lhs and rhs are multiples of 16.
       state: of this dot (`jfp8.init_state`), unstacked. The bf16 recipe ignores it, and takes None.
       recipe: static.
+      kernel_cast: `jfp8.cast_kernel(rhs, state, recipe)`, to cast a kernel once for several dots.
+        rhs, `[K, N]`, is then read for its gradient's sake alone.
 
     Returns: batch, free lhs and free rhs dimensions, as `jax.lax.dot_general`, in `lhs.dtype`. The
       derivatives have the dtypes of lhs and rhs, straight from the accumulators of the GEMMs unless
@@ -113,6 +118,11 @@ def dot_general(
     free_n = _sizes(rhs, rhs_free)
     m, k, n = math.prod(free_m), math.prod(_sizes(lhs, lhs_contract)), math.prod(free_n)
     validate_operands(lhs, rhs, recipe, m=m, k=k, n=n)
+    if kernel_cast is not None and (rhs.ndim != 2 or tuple(rhs_contract) != (0,) or rhs_batch):
+        raise ValueError(
+            f"kernel_cast is for rhs [K, N], contracted in its dimension 0; rhs.shape={rhs.shape}"
+            f" and dimension_numbers={dimension_numbers}: leave it out"
+        )
     leading = (math.prod(batch),) if batch else ()
     # cuBLASLt's FP8 GEMM has one contracted and one free dimension per operand.
     lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*leading, m, k)
@@ -121,7 +131,12 @@ def dot_general(
     static = _Static(recipe, lhs.dtype, rhs.dtype, *shardings)
     if recipe.quantizes:
         state = validated_state(state, recipe)
-        out = _fp8_matmul(static, *same_varying(lhs, rhs, state.scale, state.observation))
+        leaves, structure = jax.tree.flatten(kernel_cast)
+        lhs, rhs, scale, probe, *leaves = same_varying(
+            lhs, rhs, state.scale, state.observation, *leaves
+        )
+        kernel_cast = jax.tree.unflatten(structure, leaves)
+        out = _fp8_matmul(static, lhs, rhs, scale, probe, kernel_cast)
     else:
         out = _bf16_matmul(static, *same_varying(lhs, rhs))
     return out.reshape(*batch, *free_m, *free_n)
@@ -137,23 +152,36 @@ def _sizes(operand: jax.Array, dimensions: Sequence[int]) -> tuple[int, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fp8_matmul(
-    static: _Static, lhs: jax.Array, rhs: jax.Array, scale: jax.Array, probe: jax.Array
+    static: _Static,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    scale: jax.Array,
+    probe: jax.Array,
+    kernel_cast: CastKernel | None,
 ) -> jax.Array:
     del probe
     # Without a backward pass each operand is needed in one layout.
     cast_lhs = cast(lhs, scale[LHS], LHS, static.recipe, layouts="rows")
-    cast_rhs = cast(rhs, scale[RHS], RHS, static.recipe, layouts="columns")
+    if kernel_cast is None:
+        cast_rhs = cast(rhs, scale[RHS], RHS, static.recipe, layouts="columns")
+    else:
+        cast_rhs = rhs_of(rhs, kernel_cast, scale[RHS], static.recipe)
     return forward_gemm(cast_lhs, cast_rhs, static.lhs_dtype)
 
 
 def _fp8_fwd(
-    static: _Static, lhs: jax.Array, rhs: jax.Array, scale: jax.Array, probe: jax.Array
+    static: _Static,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    scale: jax.Array,
+    probe: jax.Array,
+    kernel_cast: CastKernel | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     del probe  # only its cotangent matters
     with jax.named_scope("fp8_dot/quantize_lhs"):
         cast_lhs = cast(lhs, scale[LHS], LHS, static.recipe)
     with jax.named_scope("fp8_dot/quantize_rhs"):
-        cast_rhs = cast(rhs, scale[RHS], RHS, static.recipe)
+        cast_rhs = rhs_of(rhs, kernel_cast, scale[RHS], static.recipe)
     cast_lhs, saved_lhs = save_for_wgrad(cast_lhs, "fp8_lhs")
     cast_rhs, saved_rhs = save_for_dgrad(cast_rhs, "fp8_rhs")
     # Two small arrays, not six: each costs a kernel of its own in a scan.
@@ -170,7 +198,7 @@ def _fp8_fwd(
 
 def _fp8_bwd(
     static: _Static, residuals: tuple[jax.Array, ...], grad: jax.Array
-) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+) -> tuple[jax.Array, jax.Array, None, jax.Array, None]:
     saved_lhs, saved_rhs, scale, seen = residuals
     recipe = static.recipe
     q_lhs, q_rhs = from_bytes(saved_lhs, LHS, recipe), from_bytes(saved_rhs, RHS, recipe)
@@ -189,7 +217,7 @@ def _fp8_bwd(
         )
         seen = jnp.concatenate([seen, replicated(cast_grad.seen)[None]])
         observation = observe(seen, counted, recipe.formats)
-    return dlhs, drhs, None, observation
+    return dlhs, drhs, None, observation, None
 
 
 _fp8_matmul.defvjp(_fp8_fwd, _fp8_bwd)

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 import pallas_kernels
 from jfp8.quantize import current_scale, group_amax_bits, quantize, statistics
 from jfp8.recipe import Recipe
+from jfp8.scaling import RHS, ScalingState
 from pallas_kernels.quantize.contract import Layouts
 
 # Contracted dimension of each operand as [.., rows, columns], and accumulation of FP8 GEMMs.
@@ -70,6 +71,44 @@ def cast(
         amax_bits = group_amax_bits(rows)
     q = _materialize(quantize(x, scale, format))
     return Cast(q, None, scale, statistics(rows, amax_bits, scale, format))
+
+
+class CastKernel(NamedTuple):
+    """A kernel cast once for several dots; 8-bit values as bytes (see `as_bytes`)."""
+
+    rows: jax.Array
+    """uint8 `[K, N]`."""
+    columns: jax.Array | None
+    """uint8 `[N, K]`; None with XLA."""
+    scale: jax.Array
+    """float32 `()`."""
+    seen: jax.Array
+    """Its `jfp8.quantize.statistics`."""
+
+
+def cast_kernel(kernel: jax.Array, state: ScalingState, recipe: Recipe) -> CastKernel:
+    """Casts a kernel before the dots that use it, such as those of several microbatches.
+
+    Args:
+      kernel: `[K, N]`, bfloat16 or float32.
+      state: of the dot; the scale is that of its rhs.
+      recipe: of the dot; not bf16.
+    """
+    q = cast(kernel, state.scale[RHS], RHS, recipe)
+    assert q.rows is not None
+    columns = None if q.columns is None else as_bytes(q.columns)
+    return CastKernel(as_bytes(q.rows), columns, q.scale, q.seen)
+
+
+def rhs_of(
+    kernel: jax.Array, prepared: CastKernel | None, scale: jax.Array, recipe: Recipe
+) -> Cast:
+    """The cast of a dot's rhs: the prepared one, or a new one."""
+    if prepared is None:
+        return cast(kernel, scale, RHS, recipe)
+    columns = None if prepared.columns is None else from_bytes(prepared.columns, RHS, recipe)
+    rows = from_bytes(prepared.rows, RHS, recipe)
+    return Cast(rows, columns, prepared.scale, prepared.seen)
 
 
 def chosen_scale(

@@ -11,6 +11,7 @@ scaling = jfp8.update(scaling, observed, recipe)      # the optimizer sees param
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from flax import nnx
 from flax.typing import Initializer
 
 from jfp8.dot_general import DotDimensionNumbers, dot_general
+from jfp8.gemms import CastKernel, cast_kernel
 from jfp8.recipe import Recipe
 from jfp8.scaling import ScalingState, init_state
 from jfp8.swiglu_mlp import swiglu_mlp as jfp8_swiglu_mlp
@@ -32,6 +34,10 @@ _lecun_normal = nnx.initializers.lecun_normal()
 
 class Scaling(nnx.Variable[ScalingState]):
     """Holds the `ScalingState` of one dot; a type of its own, so that no optimizer touches it."""
+
+
+class KernelCast(nnx.Variable[CastKernel]):
+    """Holds a kernel that was cast before the dots of a step; see `cast_kernels`."""
 
 
 class _Dot(nnx.Module):
@@ -49,14 +55,23 @@ class _Dot(nnx.Module):
         self.kernel = nnx.Param(kernel, **kernel_metadata)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
         self.scaling = nnx.data(Scaling(init_state(recipe)) if recipe.quantizes else None)
+        self.kernel_cast: KernelCast | None = nnx.data(None)
         self.recipe = recipe
         self.dtype = dtype
+
+    def _prepared(self) -> CastKernel | None:
+        return None if self.kernel_cast is None else self.kernel_cast.get_value()
 
     def _dot(self, x: jax.Array, dimension_numbers: DotDimensionNumbers) -> jax.Array:
         state = None if self.scaling is None else self.scaling.get_value()
         kernel = self.kernel.get_value()
         return dot_general(
-            x.astype(self.dtype), kernel, dimension_numbers, state, recipe=self.recipe
+            x.astype(self.dtype),
+            kernel,
+            dimension_numbers,
+            state,
+            recipe=self.recipe,
+            kernel_cast=self._prepared(),
         )
 
 
@@ -135,7 +150,38 @@ def swiglu_mlp(gate_up: Linear, down: Linear, x: jax.Array, *, group: int) -> ja
         None if down.scaling is None else down.scaling.get_value(),
         group=group,
         recipe=gate_up.recipe,
+        kernel_casts=(gate_up._prepared(), down._prepared()),
     )
+
+
+def cast_kernels(model: nnx.Module) -> list[CastKernel | None]:
+    """Casts the kernels of all `Linear` layers of a model, to be used by several forward passes.
+
+    The kernels of layers that are stacked along a leading axis (scan) are cast one by one.
+
+    Returns: for `attach_kernel_casts`; None for layers whose recipe does not quantise.
+    """
+    casts: list[CastKernel | None] = []
+    for layer in _linears(model):
+        if layer.scaling is None:
+            casts.append(None)
+            continue
+        run = functools.partial(cast_kernel, recipe=layer.recipe)
+        kernel, state = layer.kernel.get_value(), layer.scaling.get_value()
+        for _ in range(kernel.ndim - 2):
+            run = jax.vmap(run)
+        casts.append(run(kernel, state))
+    return casts
+
+
+def attach_kernel_casts(model: nnx.Module, casts: list[CastKernel | None]) -> None:
+    """Makes the layers of a model use the casts that `cast_kernels` made of the same kernels."""
+    for layer, prepared in zip(_linears(model), casts, strict=True):
+        layer.kernel_cast = nnx.data(None if prepared is None else KernelCast(prepared))
+
+
+def _linears(model: nnx.Module) -> list[Linear]:
+    return [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
 
 
 class Einsum(_Dot):

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels
 from jfp8.gemms import (
     Cast,
+    CastKernel,
     cast,
     chosen_scale,
     dgrad_gemm,
@@ -27,6 +28,7 @@ from jfp8.gemms import (
     forward_gemm,
     from_bytes,
     matrix_shape,
+    rhs_of,
     same_varying,
     save_for_dgrad,
     save_for_wgrad,
@@ -59,6 +61,7 @@ def swiglu_mlp(
     *,
     group: int,
     recipe: Recipe,
+    kernel_casts: tuple[CastKernel | None, CastKernel | None] = (None, None),
 ) -> jax.Array:
     """Computes (silu(x . gate) * (x . up)) . down in FP8; differentiable.
 
@@ -74,6 +77,7 @@ def swiglu_mlp(
       down_state: of the second dot.
       group: columns of a group; 128 for `Recipe.quantize_implementation="mosaic"`.
       recipe: of both dots; not bf16.
+      kernel_casts: of the two kernels, as in `jfp8.dot_general`.
 
     Returns: `[..., D]`, bfloat16.
 
@@ -104,31 +108,29 @@ def swiglu_mlp(
     validate_operands(rows, down_kernel, recipe, m=m, k=width // 2, n=down_kernel.shape[1])
     states = [validated_state(state, recipe) for state in (gate_up_state, down_state)]
     static = _Static(recipe, group, x.dtype, (gate_up_kernel.dtype, down_kernel.dtype))
-    out = _mlp(
-        static,
-        *same_varying(
-            rows,
-            gate_up_kernel,
-            down_kernel,
-            *(array for state in states for array in (state.scale, state.observation)),
-        ),
-    )
+    arrays = [rows, gate_up_kernel, down_kernel]
+    arrays += [array for state in states for array in (state.scale, state.observation)]
+    leaves, structure = jax.tree.flatten((arrays, kernel_casts))
+    arrays, kernel_casts = jax.tree.unflatten(structure, same_varying(*leaves))
+    out = _mlp(static, *arrays, kernel_casts)
     return out.reshape(*x.shape[:-1], down_kernel.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp(static, x, w1, w2, scale1, probe1, scale2, probe2):
-    return _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2)[0]
+def _mlp(static, x, w1, w2, scale1, probe1, scale2, probe2, casts):
+    return _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts)[0]
 
 
-def _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2):
+def _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts):
     del probe1, probe2  # only their cotangents matter
     recipe = static.recipe
     with jax.named_scope("fp8_dot/quantize_lhs"):
         cast_x, saved_x = save_for_wgrad(cast(x, scale1[LHS], LHS, recipe), "fp8_lhs")
     with jax.named_scope("fp8_dot/quantize_rhs"):
-        cast_w1, saved_w1 = save_for_dgrad(cast(w1, scale1[RHS], RHS, recipe), "fp8_rhs")
-        cast_w2, saved_w2 = save_for_dgrad(cast(w2, scale2[RHS], RHS, recipe), "fp8_rhs")
+        cast_w1 = rhs_of(w1, casts[0], scale1[RHS], recipe)
+        cast_w2 = rhs_of(w2, casts[1], scale2[RHS], recipe)
+        cast_w1, saved_w1 = save_for_dgrad(cast_w1, "fp8_rhs")
+        cast_w2, saved_w2 = save_for_dgrad(cast_w2, "fp8_rhs")
     with jax.named_scope("fp8_dot/fwd"):
         gate_up = checkpoint_name(forward_gemm(cast_x, cast_w1, static.x_dtype), "gate_up")
     with jax.named_scope("fp8_dot/quantize_lhs"):
@@ -160,7 +162,7 @@ def _mlp_bwd(static, residuals, grad):
         m, f = dhidden.shape
         first = _observation(static, (m, q_w1.shape[0]), q_w1, (m, 2 * f), seen1, dgate_up)
         second = _observation(static, (m, f), q_w2, matrix_shape(grad), seen2, cast_grad)
-    return dx, dw1, dw2, None, first, None, second
+    return dx, dw1, dw2, None, first, None, second, None
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)

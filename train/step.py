@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jfp8
+import jfp8.nnx
 from train.config import TrainConfig
 from train.loss import cross_entropy
 from train.mesh import batch_sharding
@@ -46,11 +47,21 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 def make_loss(config: TrainConfig, graph: nnx.GraphDef) -> Callable:
     """Builds (params, scaling, batch, total_weight) -> (loss, nll), means over `total_weight`.
 
-    With a graph that has taps (`train.inspection`), their sinks are a fifth argument.
+    With a graph that has taps (`train.inspection`), their sinks are a fifth argument. The keyword
+    `casts` takes what `jfp8.nnx.cast_kernels` made of the same parameters.
     """
 
-    def loss(params: Any, scaling: Any, batch: Batch, total_weight: jax.Array, *sinks: Any):
+    def loss(
+        params: Any,
+        scaling: Any,
+        batch: Batch,
+        total_weight: jax.Array,
+        *sinks: Any,
+        casts: list[jfp8.CastKernel | None] | None = None,
+    ):
         model = merge(graph, params, scaling, *sinks)
+        if casts is not None:
+            jfp8.nnx.attach_kernel_casts(model, casts)
         segment_ids = batch["segment_ids"] if config.data.document_mask else None
         hidden = model(batch["tokens"], batch["positions"], segment_ids)
         return cross_entropy(
@@ -85,9 +96,12 @@ def make_train_step(
         config.optimizer, config.run.steps, config.optimizer.learning_rate
     )
 
+    def cast_kernels(params: Any, scaling: Any) -> list[jfp8.CastKernel | None]:
+        return jfp8.nnx.cast_kernels(merge(graph, params, scaling))
+
     def train_step(state: TrainState, batch: Batch):
         (_, nll), (grads, observed) = _accumulate(
-            gradients, state, batch, config.optimizer.accumulation_steps
+            gradients, cast_kernels, state, batch, config.optimizer.accumulation_steps
         )
         grad_norm = optax.tree.norm(grads)
         # A cast to 8 bits clips an infinity, so the loss alone would not show it.
@@ -179,18 +193,23 @@ def health_metrics(names: list[str], health: Any) -> dict[str, float]:
     }
 
 
-def _accumulate(gradients: Callable, state: TrainState, batch: Batch, count: int):
+def _accumulate(
+    gradients: Callable, cast_kernels: Callable, state: TrainState, batch: Batch, count: int
+):
     """Loss and gradients of the whole batch, from `count` microbatches one after the other.
+
+    Kernels are cast to 8 bits once, before the first one.
 
     Everything is a sum: each microbatch is already divided by the weight of the whole batch, and a
     sum of FP8 observations is their maximum.
     """
     total_weight = jnp.maximum(batch["loss_weights"].sum(), 1.0)
-    evaluate = lambda part: gradients(  # noqa: E731
-        state.params, state.scaling, part, total_weight
-    )
     if count == 1:
-        return evaluate(batch)
+        return gradients(state.params, state.scaling, batch, total_weight)
+    casts = cast_kernels(state.params, state.scaling)
+    evaluate = lambda part: gradients(  # noqa: E731
+        state.params, state.scaling, part, total_weight, casts=casts
+    )
     # Microbatch i takes the rows i, count + i, ...: each device keeps the rows it has.
     parts = jax.tree.map(
         lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1),
