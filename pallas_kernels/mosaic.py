@@ -7,6 +7,8 @@ interpreter runs no dialect code; the GPU tests compare both.
 # Shapes: M rows, N columns of a wgmma accumulator.
 
 import functools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -136,6 +138,24 @@ def _saturate(x: Array, dtype: Any) -> Array:
     """Rounds to 8 bits as the GPU's conversion does."""
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)
+
+
+def scratch_bytes(entries: Iterable[Any]) -> int:
+    """Returns the shared memory of scratch buffers, unions and barriers; None costs nothing."""
+
+    def size(entry: Any) -> int:
+        if entry is None:
+            return 0
+        if isinstance(entry, plgpu.Barrier):
+            return 8 * int(np.prod(entry.num_barriers))
+        if isinstance(entry, plgpu.RefUnion):
+            return max(sum(map(size, refs)) for refs in entry.refs)
+        if isinstance(entry, tuple):
+            return sum(map(size, entry))
+        buffer = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
+        return -(-buffer // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
+
+    return sum(map(size, entries)) + SMEM_OVERHEAD
 
 
 def keep_columns(s: Array, first: Array | None, last: Array, *, interpret: bool) -> Array:

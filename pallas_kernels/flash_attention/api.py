@@ -52,6 +52,7 @@ def flash_attention(
     precision: Precision = ...,
     fp8_options: Fp8Options | None = ...,
     implementation: Implementation | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Array: ...
 
@@ -70,6 +71,7 @@ def flash_attention(
     precision: Precision = ...,
     fp8_options: Fp8Options | None = ...,
     implementation: Implementation | None = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
 
@@ -87,6 +89,7 @@ def flash_attention(
     precision: Precision = "bf16",
     fp8_options: Fp8Options | None = None,
     implementation: Implementation | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Computes softmax(softmax_scale * q k^T + mask) v; differentiable.
@@ -113,6 +116,9 @@ def flash_attention(
       implementation: "xla" runs on any device; memory is bounded by recomputing chunks. "cudnn"
         needs a Hopper GPU; segment ids cost it a mask of B * T * S 16-bit numbers. None takes the
         best that can run; see `flash_attention_choice`.
+      deterministic: gradients are the same bit for bit on every run. None leaves it to the
+        implementation: "xla" and "mosaic" are deterministic then, "cudnn" is not and refuses True.
+        False lets "mosaic" add to dq in any order.
       return_lse: return the log-sum-exp of the logits too.
 
     Returns:
@@ -137,6 +143,7 @@ def flash_attention(
         precision=precision,
         fp8_options=fp8_options,
         implementation=implementation,
+        deterministic=deterministic,
         return_lse=return_lse,
     )
     run = _module(spec, choice.implementation).attention
@@ -160,6 +167,7 @@ def flash_attention_choice(
     precision: Precision = "bf16",
     fp8_options: Fp8Options | None = None,
     implementation: Implementation | None = None,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Choice:
     """Tells which implementation `flash_attention` would use for the same arguments here, and why.
@@ -178,6 +186,7 @@ def flash_attention_choice(
         precision=precision,
         fp8_options=fp8_options,
         implementation=implementation,
+        deterministic=deterministic,
         return_lse=return_lse,
     )[1]
 
@@ -195,6 +204,7 @@ def _plan(
     precision: Precision,
     fp8_options: Fp8Options | None,
     implementation: Implementation | None,
+    deterministic: bool | None,
     return_lse: bool,
 ) -> tuple[AttentionSpec, Choice]:
     """Checks all arguments; returns what is to be computed and by whom."""
@@ -202,6 +212,11 @@ def _plan(
     _check_segment_ids(q, k, q_segment_ids, kv_segment_ids)
     _check_option("precision", precision, get_args(Precision))
     _check_option("implementation", implementation, (*get_args(Implementation), None))
+    _check_option("deterministic", deterministic, (True, False, None))
+    if deterministic is not None and precision != "bf16":
+        raise ValueError(
+            f"{deterministic=} is for precision='bf16' alone (got {precision!r}); use fp8_options"
+        )
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q.shape[3])
     # A kernel folds the factor into its constants, so it cannot be a traced array.
@@ -225,6 +240,7 @@ def _plan(
         return_lse=return_lse,
         precision=precision,
         fp8=fp8_options or Fp8Options(),
+        deterministic=deterministic,
     )
     return spec, _choose(spec, implementation)
 

@@ -73,6 +73,8 @@ class AttentionSpec:
     """Format of the factors of the matrix products."""
     fp8: Fp8Options = Fp8Options()
     """Options of precision "fp8"."""
+    deterministic: bool | None = None
+    """Whether the gradients must be the same bit for bit on every run; None: as it comes."""
 
 
 # Registers of a compute and of a producer thread, by number of compute warpgroups: what setmaxnreg
@@ -112,6 +114,61 @@ class ForwardConfig:
             raise ValueError(
                 f"{self.num_stages=} must be at least 2: one block is in use while another arrives"
             )
+
+    @property
+    def compute_registers(self) -> int:
+        """Registers of a compute thread."""
+        return _REGISTERS[self.compute_warpgroups][0]
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers of a producer thread."""
+        return _REGISTERS[self.compute_warpgroups][1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BackwardConfig:
+    """How the sm_90 backward kernel cuts its work; changes the result by rounding at most."""
+
+    block_q: int = 64
+    """Queries loaded and multiplied at once."""
+    num_q_stages: int = 2
+    """Buffers for Q."""
+    num_do_stages: int = 2
+    """Buffers for the output's gradient."""
+    overlap: bool = True
+    """Exponentials run while a product of the same warpgroup is in flight; needs more registers."""
+    split_channels: bool = False
+    """The compute warpgroups share 64 keys and halve the channels, instead of 64 keys each."""
+    heads_per_section: int = 0
+    """Key/value heads of all batch rows whose tiles are dealt out together; 0: all of them.
+
+    Few heads at a time stay in L2; many balance the tiles of a causal mask, and wait less for each
+    other in the deterministic mode.
+    """
+
+    def __post_init__(self) -> None:
+        if self.block_q not in (64, 128):
+            raise ValueError(f"{self.block_q=} must be 64 or 128: wgmma has 64 rows")
+        if self.split_channels and self.block_q != 64:
+            raise ValueError(f"{self.block_q=} must be 64 with split_channels=True")
+        for name in ("num_q_stages", "num_do_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"self.{name}={getattr(self, name)} must be at least 1")
+        if self.heads_per_section < 0:
+            raise ValueError(
+                f"{self.heads_per_section=} must be positive, or 0 for all heads together"
+            )
+
+    @property
+    def compute_warpgroups(self) -> int:
+        """Warpgroups that compute; one more loads."""
+        return 2
+
+    @property
+    def block_kv(self) -> int:
+        """Keys of one tile."""
+        return 64 if self.split_channels else 128
 
     @property
     def compute_registers(self) -> int:

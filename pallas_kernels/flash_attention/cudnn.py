@@ -43,6 +43,11 @@ def unsupported_reason(spec: AttentionSpec) -> str | None:
             f"precision={spec.precision!r} is not wired to cuDNN; use precision='bf16'",
         ),
         (
+            not spec.deterministic,
+            "cuDNN's backward adds in any order; deterministic=True needs implementation='mosaic'"
+            " or 'xla'",
+        ),
+        (
             spec.dtype in SUPPORTED_DTYPES,
             f"q.dtype={spec.dtype} is not one of {SUPPORTED_DTYPES}; cast q, k and v",
         ),

@@ -1,11 +1,12 @@
 """The Pallas Mosaic GPU implementation for sm_90a: what it supports, padding, masks of blocks, and
 gradients.
 
-The kernels themselves are in `sm90_fwd_bf16`; how they cut their work is in `tuning`.
+The kernels themselves are in `sm90_fwd_bf16` and `sm90_bwd_bf16`; how they cut their work is in `tuning`.
 """
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 
+import dataclasses
 import functools
 
 import jax
@@ -14,9 +15,17 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention import sm90_fwd_bf16, sm90_fwd_plan, tuning
-from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
+from pallas_kernels.flash_attention import (
+    sm90_bwd_bf16,
+    sm90_bwd_plan,
+    sm90_fwd_bf16,
+    sm90_fwd_plan,
+    tuning,
+)
+from pallas_kernels.flash_attention.config import AttentionSpec, BackwardConfig, ForwardConfig
+from pallas_kernels.flash_attention.masks import Band
 from pallas_kernels.mosaic import GMEM_ROWS
+from pallas_kernels.numerics import LOG2E
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
@@ -63,16 +72,15 @@ def _attention(q, k, v, q_segment_ids, kv_segment_ids, spec):
 
 
 def _attention_fwd(q, k, v, q_segment_ids, kv_segment_ids, spec):
-    outputs = _attention(q, k, v, q_segment_ids, kv_segment_ids, spec)
-    return outputs, None
+    out, lse = _attention(q, k, v, q_segment_ids, kv_segment_ids, spec)
+    return (out, lse), (q, k, v, q_segment_ids, kv_segment_ids, out, lse)
 
 
 def _attention_bwd(spec, residuals, gradients):
-    del spec, residuals, gradients
-    raise NotImplementedError(
-        "implementation='mosaic' has no backward kernel yet; use implementation='cudnn' to"
-        " differentiate"
-    )
+    q, k, v, q_segment_ids, kv_segment_ids, out, lse = residuals
+    dout, dlse = gradients
+    dq, dk, dv = backward(q, k, v, q_segment_ids, kv_segment_ids, out, lse, dout, dlse, spec)
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -118,6 +126,61 @@ def forward(
     return out[:, : spec.query_length], lse
 
 
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+    spec: AttentionSpec,
+    *,
+    config: BackwardConfig | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """Runs the backward kernel.
+
+    Args:
+      q: `[B, T, N, H]`.
+      k: `[B, S, K, H]`.
+      v: like k.
+      q_segment_ids: `[B, T]`, int32, or None.
+      kv_segment_ids: `[B, S]`, int32, or None.
+      out: the forward's output, like q.
+      lse: the forward's log-sum-exp, `[B, T, N]`, float32.
+      dout: gradient of out.
+      dlse: gradient of lse.
+      spec: what to compute.
+      config: how to cut the work; looked up if None.
+      interpret: run in the CPU interpreter.
+
+    Returns:
+      Gradients of q, k and v.
+    """
+    plan = sm90_bwd_plan.Plan(
+        spec=spec,
+        config=config or tuning.backward_config(spec),
+        sm_count=sm_count(),
+        interpret=interpret,
+    )
+    segments = ()
+    if q_segment_ids is not None and kv_segment_ids is not None:
+        segments = _backward_segment_operands(plan, q_segment_ids, kv_segment_ids)
+    delta = (dout.astype(jnp.float32) * out).sum(axis=3) - dlse
+    # A query that sees no key has lse = -inf: its probabilities are 0, not 1 / 0.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    padding = ((0, 0), (0, 0), (0, plan.padded_query_length - spec.query_length))
+    lse = jnp.pad(lse.transpose(0, 2, 1), padding, constant_values=jnp.inf)
+    delta = jnp.pad(delta.transpose(0, 2, 1), padding)
+    q, k, v, dout = (pad_length(x) for x in (q, k, v, dout))
+    dq, dk, dv = sm90_bwd_bf16.launch(q, k, v, dout, lse, delta, segments, plan=plan)
+    dq = (dq[:, : spec.query_length] * spec.softmax_scale).astype(q.dtype)
+    return dq, dk[:, : spec.key_length], dv[:, : spec.key_length]
+
+
 def pad_length(x: Array) -> Array:
     """Rounds the length of `[B, length, heads, H]` up to what TMA's tiles need; mostly a no-op."""
     padding = -x.shape[1] % GMEM_ROWS
@@ -135,18 +198,47 @@ def segment_operands(
 ) -> tuple[Array, Array, Array]:
     """Pads the ids to whole tiles and works out which blocks each tile needs."""
 
-    def pad(ids: Array, length: int) -> Array:
-        # Repeating the last id adds no document to the last tile.
-        return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), mode="edge")
-
-    q_ids = pad(q_segment_ids, plan.padded_query_length)
-    kv_ids = pad(kv_segment_ids, plan.padded_key_length)
+    q_ids = _pad_ids(q_segment_ids, plan.padded_query_length)
+    kv_ids = _pad_ids(kv_segment_ids, plan.padded_key_length)
     ranges = block_ranges(
         q_ids.reshape(q_ids.shape[0], plan.num_q_tiles, plan.tile_q),
         kv_ids.reshape(kv_ids.shape[0], plan.num_kv_blocks, plan.config.block_kv),
         plan.spec,
     )
     return q_ids, kv_ids, ranges
+
+
+def _pad_ids(ids: Array, length: int) -> Array:
+    """Pads `[B, ...]`; repeating the last id adds no document to the last tile."""
+    return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), mode="edge")
+
+
+def _backward_segment_operands(
+    plan: sm90_bwd_plan.Plan, q_segment_ids: Array, kv_segment_ids: Array
+) -> tuple[Array, ...]:
+    """Pads the ids to whole tiles and works out which query blocks each tile of keys needs, and in
+    which order tiles add to dQ.
+    """
+    q_ids = _pad_ids(q_segment_ids, plan.padded_query_length)
+    kv_ids = _pad_ids(kv_segment_ids, plan.padded_key_length)
+    spec, band = plan.spec, plan.spec.band
+    mirrored = dataclasses.replace(
+        spec,
+        query_length=spec.key_length,
+        key_length=spec.query_length,
+        band=Band(left=band.right, right=band.left),
+    )
+    ranges = block_ranges(
+        kv_ids.reshape(kv_ids.shape[0], plan.num_kv_tiles, plan.config.block_kv),
+        q_ids.reshape(q_ids.shape[0], plan.num_q_blocks, plan.config.block_q),
+        mirrored,
+    )
+    if not plan.takes_turns:
+        return q_ids, kv_ids, ranges
+    block = jnp.arange(plan.num_q_blocks, dtype=jnp.int32)
+    adds = (ranges[:, :, :1] <= block) & (block < ranges[:, :, 1:2])
+    adds = adds.astype(jnp.int32)
+    return q_ids, kv_ids, ranges, jnp.cumsum(adds, axis=1) - adds
 
 
 def block_ranges(q_ids: Array, kv_ids: Array, spec: AttentionSpec) -> Array:

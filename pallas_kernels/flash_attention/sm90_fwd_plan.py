@@ -4,11 +4,9 @@ Shared by `sm90_fwd_bf16` and `sm90_fwd_fp8`, whose texts explain the warps and 
 """
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -16,8 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.mosaic import (
     ROWS,
-    SMEM_ALIGNMENT,
-    SMEM_OVERHEAD,
+    scratch_bytes,
     tile_transforms,
 )
 
@@ -134,14 +131,7 @@ def scratch_types(plan: Plan) -> Scratch:
 
 def smem_bytes(plan: Plan) -> int:
     """Returns the shared memory of one CTA, barriers included."""
-    buffers = barriers = 0
-    for entry in scratch_types(plan):
-        if isinstance(entry, plgpu.Barrier):
-            barriers += 8 * int(np.prod(entry.num_barriers))
-        elif entry is not None:
-            size = math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
-            buffers += -(-size // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
-    return buffers + barriers + SMEM_OVERHEAD
+    return scratch_bytes(scratch_types(plan))
 
 
 class Inputs(NamedTuple):
@@ -176,7 +166,21 @@ class BlockRange(NamedTuple):
     full_stop: Array
 
 
-def cta_tiles(plan: Plan) -> tuple[Array, Any]:
+class Launch(Protocol):
+    """A plan whose CTAs walk through tiles."""
+
+    @property
+    def num_ctas(self) -> int:
+        """CTAs launched."""
+        ...
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the whole problem."""
+        ...
+
+
+def cta_tiles(plan: Launch) -> tuple[Array, Any]:
     """Returns how many tiles this CTA has, and the function from its i-th to the tile's index.
 
     Tiles are dealt out in rounds, every other round in reverse order, so that a CTA that drew a
@@ -197,15 +201,15 @@ def cta_tiles(plan: Plan) -> tuple[Array, Any]:
 def tile_of(plan: Plan, index: Array) -> Tile:
     """Maps the index of a tile to its coordinates: section by section, longest tiles first."""
     heads = plan.heads_per_section
-    section, rest = _divmod(index, heads * plan.num_q_tiles)
-    rank, head = _divmod(rest, heads)
-    batch, head = _divmod(section * heads + head, plan.spec.num_heads)
+    section, rest = divmod_int32(index, heads * plan.num_q_tiles)
+    rank, head = divmod_int32(rest, heads)
+    batch, head = divmod_int32(section * heads + head, plan.spec.num_heads)
     # Under a causal mask the last queries see the most keys.
     q_tile = plan.num_q_tiles - 1 - rank if plan.spec.band.right is not None else rank
     return Tile(batch, head, q_tile)
 
 
-def _divmod(x: Array, divisor: int) -> tuple[Array, Array]:
+def divmod_int32(x: Array, divisor: int) -> tuple[Array, Array]:
     """Divides non-negative int32."""
     divisor = jnp.int32(divisor)
     return lax.div(x, divisor), lax.rem(x, divisor)

@@ -7,7 +7,12 @@ import itertools
 import json
 from collections.abc import Iterator
 
-from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig, Precision
+from pallas_kernels.flash_attention.config import (
+    AttentionSpec,
+    BackwardConfig,
+    ForwardConfig,
+    Precision,
+)
 from pallas_kernels.flash_attention.sm90_fwd_plan import Plan, smem_bytes
 from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
 
@@ -104,6 +109,22 @@ def _fp8_candidates() -> Iterator[ForwardConfig]:
             overlap=overlap,
             persistent=persistent,
         )
+
+
+@functools.cache
+def tuned_backward_configs() -> dict[tuple[int, str], BackwardConfig]:
+    """Returns the shipped backward configs by head dim and kind of mask."""
+    text = importlib.resources.files(__package__).joinpath(_TABLE).read_text()
+    return {
+        (entry["head_dim"], entry["mask"]): BackwardConfig(**entry["config"])
+        for entry in json.loads(text)["backward"]
+    }
+
+
+def backward_config(spec: AttentionSpec) -> BackwardConfig:
+    """Returns the backward config for `spec`; masks by segment ids use that of a window."""
+    kind = "window" if spec.has_segments else mask_kind(spec)
+    return tuned_backward_configs()[(spec.head_dim, kind)]
 
 
 def rejection(config: ForwardConfig, spec: AttentionSpec) -> str | None:

@@ -146,6 +146,7 @@ def test_gradient_of_the_log_sum_exp_matches_float64():
     ("shape", "dtype", "options", "message"),
     [
         ((1, 64, 2, 64), jnp.float32, {}, r"q\.dtype=float32 is not one of .*; cast"),
+        ((1, 64, 2, 64), jnp.bfloat16, dict(deterministic=True), "needs implementation='mosaic'"),
         ((1, 64, 2, 60), jnp.bfloat16, {}, r"q\.shape\[3\]=60 must be a multiple of 8 and at most"),
         ((1, 64, 2, 264), jnp.bfloat16, {}, r"q\.shape\[3\]=264 must be .* pad the head dim"),
         ((1, 64, 2, 64), jnp.bfloat16, dict(local_window_size=3), "a window on the left of a"),

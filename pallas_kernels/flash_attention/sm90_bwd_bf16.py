@@ -1,0 +1,593 @@
+"""Flash attention backward for sm_90a in bfloat16 or float16, written in Pallas Mosaic GPU.
+
+For each tile of keys, over the blocks i of queries that see it, of all query heads of its group:
+  P_i^T = exp2(c K Q_i^T - lse_i),   dS_i^T = P_i^T * (V dO_i^T - delta_i),
+  dV += P_i^T dO_i,   dK += dS_i^T Q_i,   dQ_i += dS_i K,   c = softmax_scale * log2(e)
+with delta = rowsum(dO * O) - dlse; dK and dQ are multiplied by softmax_scale at the end.
+(Dao 2023, arXiv:2307.08691; S^T in registers as an A operand: Shah et al. 2024, arXiv:2407.08608.)
+
+One persistent CTA on each SM walks through the tiles, longest first:
+
+  warpgroup        does                                      waits for            arrives at
+  compute 0, 1     S^T, dP^T, dK, dV for 64 keys each, dQ    kv_full q_full       kv_free q_free
+                   for half of the channels or queries       do_full exchange     do_free exchange
+                                                             turn
+  producer (last)  TMA loads of K, V, Q, dO, lse, delta,     kv_free q_free       (TMA) kv_full
+                   segment ids; waits for turns              do_free              q_full do_full
+                                                                                  turn
+
+P^T and dS^T feed dV and dK from registers. dS^T goes through shared memory too, because dQ needs
+the keys of both warpgroups (barrier `exchange`). dQ is added to global memory by TMA. Every step
+first finishes dK and dQ of the block before, so that exponentials, dS and the copies of dQ run
+while a matrix product is in flight:
+
+  tensor cores  dK_{i-1}  dQ_{i-1}  S_i            dP_i       dV_i
+  other units                       dQ_{i-1} out   exp2(S_i)  dS_i
+
+`split_channels` (head dim 256): both warpgroups work on the same 64 keys, each on half of the
+channels of dK, dV and dQ; both compute S^T and dP^T (7 products instead of 5), and nothing is
+exchanged. dQ leaves in two parts.
+
+Deterministic mode: tiles that add to the same part of dQ take turns in the order of their keys,
+counted in global memory. A tile waits only for tiles with a smaller index, which some CTA has
+begun before; so no cycle of waiting exists as long as all CTAs are resident, which `num_ctas`
+ensures.
+
+Not supported: float32, head dims other than 64, 128, 256, biases, dropout, logit soft-capping.
+"""
+
+# Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
+# warpgroups.
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.sm90_bwd_plan import (
+    Inputs,
+    Outputs,
+    Plan,
+    QueryRange,
+    Scratch,
+    Tile,
+    query_range_of,
+    scratch_types,
+    tile_of,
+    turn_of,
+)
+from pallas_kernels.flash_attention.sm90_fwd_plan import cta_tiles
+from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns
+from pallas_kernels.numerics import LOG2E
+
+_NEG_INF = float("-inf")
+
+
+class _Loop(NamedTuple):
+    """What stays the same while a tile of keys meets its blocks of queries."""
+
+    plan: Plan
+    inputs: Inputs
+    outputs: Outputs
+    scratch: Scratch
+    turns: Any  # [B * N * num_q_blocks], semaphores: warpgroups that have added to dQ; or None
+    tile: Tile
+    queries: QueryRange
+    first_step: Array  # blocks that this CTA has met before: numbers the stages
+    kv_ids: Array | None  # [ROWS]
+
+    @property
+    def num_steps(self) -> Array:
+        """Blocks of this tile over all heads of the group, at least 1."""
+        return (self.queries.stop - self.queries.start) * self.plan.group
+
+    def block(self, step: Array) -> tuple[Array, Array]:
+        """Returns the query head and the block of queries of a step; the last block goes first."""
+        if self.plan.group == 1:
+            return self.tile.kv_head, self.queries.stop - 1 - step
+        blocks = self.queries.stop - self.queries.start
+        head = self.tile.kv_head * self.plan.group + lax.div(step, blocks)
+        return head, self.queries.stop - 1 - lax.rem(step, blocks)
+
+    def q_slot(self, step: Array) -> Array:
+        """Returns which buffers hold Q, lse and ids of a step."""
+        return lax.rem(self.first_step + step, jnp.int32(self.plan.config.num_q_stages))
+
+    def do_slot(self, step: Array) -> Array:
+        """Returns which buffers hold dO and delta of a step."""
+        return lax.rem(self.first_step + step, jnp.int32(self.plan.config.num_do_stages))
+
+    def turn_slot(self, step: Array) -> Array:
+        """Returns which barrier tells that it is this tile's turn to add to dQ of a step."""
+        return lax.rem(self.first_step + step, jnp.int32(2))
+
+    def ds(self, step: Array) -> Any:
+        """Returns the buffer of dS^T of a step, `[block_kv, block_q]`."""
+        if self.plan.config.split_channels:
+            return self.scratch.ds.at[lax.axis_index("wg")]
+        return self.scratch.ds.at[lax.rem(self.first_step + step, jnp.int32(2))]
+
+    def own_keys(self, x: Any) -> Any:
+        """Returns the rows of a `[block_kv, ...]` buffer that this warpgroup works on."""
+        wg = lax.axis_index("wg")
+        if self.plan.config.split_channels:
+            # Always 0, but the compiler does not know: it would otherwise work out the wgmma
+            # descriptors of all 256 channels ahead, and run out of uniform registers.
+            wg = lax.shift_right_logical(wg, jnp.int32(3))
+        return x.at[pl.ds(wg * ROWS, ROWS)]
+
+    def own_channels(self, x: Any) -> Any:
+        """Returns the columns of a `[..., H]` buffer that belong to this warpgroup's dK and dV."""
+        if not self.plan.config.split_channels:
+            return x
+        half = self.plan.spec.head_dim // 2
+        return x.at[:, pl.ds(lax.axis_index("wg") * half, half)]
+
+
+def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, turns: Any) -> None:
+    """Loads K and V of each tile, then its blocks of Q and dO, as their buffers become free."""
+    count, index = cta_tiles(plan)
+    block_q, block_kv = plan.config.block_q, plan.config.block_kv
+
+    def load_tile(i: Array, first_step: Array) -> Array:
+        tile = tile_of(plan, index(i))
+        queries = query_range_of(plan, inputs, tile)
+        loop = _Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, None)
+        keys = pl.ds(tile.kv_tile * block_kv, block_kv)
+        plgpu.barrier_wait(scratch.kv_free)
+        for gmem, smem in ((inputs.k, scratch.k), (inputs.v, scratch.v)):
+            gmem = gmem.at[tile.batch, keys, tile.kv_head]
+            plgpu.copy_gmem_to_smem(gmem, smem, scratch.kv_full)
+
+        def load_block(step: Array, _: None) -> None:
+            head, block = loop.block(step)
+            rows = pl.ds(block * block_q, block_q)
+            slot = loop.q_slot(step)
+            full = scratch.q_full.at[slot]
+            plgpu.barrier_wait(scratch.q_free.at[slot])
+            plgpu.copy_gmem_to_smem(inputs.q.at[tile.batch, rows, head], scratch.q.at[slot], full)
+            lse = inputs.lse.at[tile.batch, head, rows]
+            plgpu.copy_gmem_to_smem(lse, scratch.lse.at[slot], full)
+            if plan.spec.has_segments:
+                ids = inputs.q_ids.at[tile.batch, rows]
+                plgpu.copy_gmem_to_smem(ids, scratch.q_ids.at[slot], full)
+
+            slot = loop.do_slot(step)
+            full = scratch.do_full.at[slot]
+            plgpu.barrier_wait(scratch.do_free.at[slot])
+            plgpu.copy_gmem_to_smem(inputs.do.at[tile.batch, rows, head], scratch.do.at[slot], full)
+            delta = inputs.delta.at[tile.batch, head, rows]
+            plgpu.copy_gmem_to_smem(delta, scratch.delta.at[slot], full)
+            if turns is not None:
+                # Not before the loads that the step before needs to get to its turn.
+                pl.when(step > 0)(lambda: _await_turn(loop, step - 1))
+
+        lax.fori_loop(0, loop.num_steps, load_block, None)
+        if turns is not None:
+            _await_turn(loop, loop.num_steps - 1)
+        return first_step + loop.num_steps
+
+    lax.fori_loop(0, count, load_tile, jnp.int32(0))
+    if plan.interpret:  # which insists that somebody waits for every arrival
+        plgpu.barrier_wait(scratch.kv_free)
+        for slot in range(plan.config.num_q_stages):
+            plgpu.barrier_wait(scratch.q_free.at[slot])
+        for slot in range(plan.config.num_do_stages):
+            plgpu.barrier_wait(scratch.do_free.at[slot])
+
+
+def _compute(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, turns: Any) -> None:
+    """Computes dK and dV of each tile, and adds to dQ."""
+    count, index = cta_tiles(plan)
+    # All buffers start out free.
+    plgpu.barrier_arrive(scratch.kv_free)
+    for slot in range(plan.config.num_q_stages):
+        plgpu.barrier_arrive(scratch.q_free.at[slot])
+    for slot in range(plan.config.num_do_stages):
+        plgpu.barrier_arrive(scratch.do_free.at[slot])
+
+    def compute_tile(i: Array, first_step: Array) -> Array:
+        # Without the pin the compiler finds that slots repeat in every tile, works out all wgmma
+        # descriptors ahead, and runs out of uniform registers.
+        first_step = _pin(plan, first_step)
+        tile = tile_of(plan, index(i))
+        queries = query_range_of(plan, inputs, tile)
+        kv_ids = None
+        if plan.spec.has_segments:
+            ids = inputs.kv_ids.at[tile.batch, pl.ds(_first_key(plan, tile), ROWS)]
+            kv_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
+        loop = _Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, kv_ids)
+        accumulator = plgpu.ACC((ROWS, plan.channels), jnp.float32)
+        plgpu.barrier_wait(scratch.kv_full)
+        dk, dv = pl.run_scoped(functools.partial(_meet_queries, loop), accumulator, accumulator)
+        plgpu.barrier_arrive(scratch.kv_free)
+        # Working these out anew is cheaper than holding them in registers through the loop.
+        i = _pin(plan, i)
+        tile = tile_of(plan, index(i))
+        loop = loop._replace(tile=tile, queries=query_range_of(plan, inputs, tile))
+        _store(loop, dk, dv)
+        return first_step + loop.num_steps
+
+    lax.fori_loop(0, count, compute_tile, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _first_key(plan: Plan, tile: Tile) -> Array:
+    """Returns the first key of this warpgroup."""
+    first = tile.kv_tile * plan.config.block_kv
+    return first if plan.config.split_channels else first + lax.axis_index("wg") * ROWS
+
+
+def _meet_queries(loop: _Loop, dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
+    """Runs the loop over blocks of queries; returns dK / softmax_scale and dV."""
+    first = jnp.int32(0)
+    if loop.plan.config.split_channels:
+        # The other warpgroup, which it never waits for, keeps the tensor cores busy.
+        def whole_block(step: Array, _: None) -> None:
+            _finish_block(loop, dk_acc, step, _first_half(loop, dv_acc, step), None)
+
+        lax.fori_loop(0, loop.num_steps, whole_block, None)
+    else:
+        ds = _first_half(loop, dv_acc, first)
+        next_block = functools.partial(_next_block, loop, dk_acc, dv_acc)
+        ds = lax.fori_loop(1, loop.num_steps, next_block, ds)
+        _finish_block(loop, dk_acc, loop.num_steps - 1, ds, None)
+    return dk_acc[...], dv_acc[...]
+
+
+def _first_half(loop: _Loop, dv_acc: Any, step: Array) -> Array:
+    """Computes dV and dS of a step, with nothing else in flight; returns dS^T."""
+
+    def s_alone(s_acc: Any) -> Array:
+        _issue_s(loop, s_acc, step)
+        return _mask(loop, step, s_acc[...])
+
+    s = pl.run_scoped(s_alone, _block_type(loop.plan))
+    return _dv_then_dp(loop, dv_acc, step, _probabilities(loop, step, s))
+
+
+def _next_block(loop: _Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) -> Array:
+    """Finishes dK and dQ of the step before, then computes dV and dS of this one."""
+    plan = loop.plan
+
+    def s_and_mask(s_acc: Any) -> Array:
+        _finish_block(loop, dk_acc, step - 1, ds, lambda: _issue_s(loop, s_acc, step))
+        return _mask(loop, step, s_acc[...])
+
+    # The mask comes before dP is started: both at once need too many registers.
+    s = pl.run_scoped(s_and_mask, _block_type(plan))
+    if not plan.config.overlap:
+        return _dv_then_dp(loop, dv_acc, step, _pin(plan, _probabilities(loop, step, s)))
+    s = _pin(plan, s)
+
+    def dp_then_dv(dp_acc: Any) -> Array:
+        _issue_dp(loop, dp_acc, step)
+        p = _pin(plan, _pin(plan, _probabilities(loop, step, s)).astype(plan.spec.dtype))
+        _issue_dv(loop, dv_acc, step, p)
+        ds = _share_ds(loop, step, p, plgpu.wgmma_accumulator_load(dp_acc, wait_n=1))
+        # A product in flight at the end of a loop's body makes ptxas serialise all of them.
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(loop.scratch.do_free.at[loop.do_slot(step)])
+        return ds
+
+    return pl.run_scoped(dp_then_dv, _block_type(plan))
+
+
+def _dv_then_dp(loop: _Loop, dv_acc: Any, step: Array, p: Array) -> Array:
+    """Computes dV and dS with fewer registers than `_next_block`; returns dS^T."""
+    plan = loop.plan
+    p = _pin(plan, p.astype(plan.spec.dtype))
+
+    def dp_alone(dp_acc: Any) -> Array:
+        plgpu.barrier_wait(loop.scratch.do_full.at[loop.do_slot(step)])
+        _issue_dv(loop, dv_acc, step, p)
+        _issue_dp(loop, dp_acc, step, wait=False)
+        return dp_acc[...]
+
+    ds = _share_ds(loop, step, p, pl.run_scoped(dp_alone, _block_type(plan)))
+    plgpu.barrier_arrive(loop.scratch.do_free.at[loop.do_slot(step)])
+    return ds
+
+
+def _share_ds(loop: _Loop, step: Array, p: Array, dp: Array) -> Array:
+    """Computes dS^T, writes it to shared memory for dQ, and returns it for dK."""
+    plan = loop.plan
+    delta = plgpu.load(loop.scratch.delta.at[loop.do_slot(step)], layout=PER_COLUMN)
+    # P as rounded for dV: the float32 values would need too many registers.
+    ds = p.astype(jnp.float32) * (dp - _columns(delta, p.shape))
+    ds = ds.astype(plan.spec.dtype)
+    loop.own_keys(loop.ds(step))[...] = ds
+    plgpu.commit_smem()
+    if not plan.config.split_channels:
+        plgpu.barrier_arrive(loop.scratch.exchange)
+    return ds
+
+
+def _finish_block(
+    loop: _Loop, dk_acc: Any, step: Array, ds: Array, issue_next: Callable[[], None] | None
+) -> None:
+    """Computes dK and dQ of a step whose dS is ready; `issue_next` starts one more product behind
+    them, which stays in flight.
+    """
+    plan, scratch = loop.plan, loop.scratch
+    _multiply(loop, dk_acc, ds, loop.own_channels(scratch.q.at[loop.q_slot(step)]), 1)
+    if not plan.config.split_channels:
+        plgpu.barrier_wait(scratch.exchange)
+
+    def dq_part(part: Array | int, _: None) -> None:
+        def product(dq_acc: Any) -> None:
+            rows, columns = _dq_part(plan, part)
+            operand = loop.ds(step).at[:, rows].transpose((1, 0))
+            plgpu.wgmma(dq_acc, operand, scratch.k.at[:, columns])
+            if issue_next is not None:
+                issue_next()
+            dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=int(issue_next is not None))
+            if plan.dq_parts == 1:  # dK has ended too
+                plgpu.barrier_arrive(scratch.q_free.at[loop.q_slot(step)])
+            _add_dq(loop, step, part, dq)
+
+        pl.run_scoped(product, plgpu.ACC(plan.dq_shape, jnp.float32))
+
+    if plan.dq_parts == 1:
+        dq_part(0, None)
+    else:
+        lax.fori_loop(0, plan.dq_parts, dq_part, None)
+        plgpu.barrier_arrive(scratch.q_free.at[loop.q_slot(step)])
+
+
+def _block_type(plan: Plan) -> Any:
+    """Accumulator of S^T and dP^T."""
+    return plgpu.ACC((ROWS, plan.config.block_q), jnp.float32)
+
+
+def _issue_s(loop: _Loop, s_acc: Any, step: Array) -> None:
+    """Starts S^T = K Q^T."""
+    slot = loop.q_slot(step)
+    plgpu.barrier_wait(loop.scratch.q_full.at[slot])
+    q = loop.scratch.q.at[slot].transpose((1, 0))
+    plgpu.wgmma(s_acc, loop.own_keys(loop.scratch.k), q)
+
+
+def _issue_dp(loop: _Loop, dp_acc: Any, step: Array, *, wait: bool = True) -> None:
+    """Starts dP^T = V dO^T, once dO has arrived."""
+    slot = loop.do_slot(step)
+    if wait:
+        plgpu.barrier_wait(loop.scratch.do_full.at[slot])
+    do = loop.scratch.do.at[slot].transpose((1, 0))
+    plgpu.wgmma(dp_acc, loop.own_keys(loop.scratch.v), do)
+
+
+def _issue_dv(loop: _Loop, dv_acc: Any, step: Array, p: Array) -> None:
+    """Starts dV += P^T dO."""
+    _multiply(loop, dv_acc, p, loop.own_channels(loop.scratch.do.at[loop.do_slot(step)]), 0)
+
+
+def _multiply(loop: _Loop, acc: Any, a: Array, b: Any, which: int) -> None:
+    """Starts acc += a b, with `a` in registers; the interpreter wants it in an operand buffer."""
+    if not loop.plan.interpret:
+        plgpu.wgmma(acc, a, b)
+        return
+    operand = loop.scratch.operand.at[lax.axis_index("wg"), which]
+    operand[...] = a
+    plgpu.commit_smem()
+    plgpu.wgmma(acc, operand, b)
+
+
+def _dq_part(plan: Plan, part: Array | int) -> tuple[Any, Any]:
+    """Returns the queries of a block and the channels of dQ that this warpgroup adds in a part."""
+    rows, columns = plan.dq_shape
+    wg = lax.axis_index("wg")
+    if plan.config.block_q > rows:
+        return pl.ds(wg * rows, rows), pl.ds(0, columns)
+    return pl.ds(0, rows), pl.ds((wg * plan.dq_parts + part) * columns, columns)
+
+
+def _add_dq(loop: _Loop, step: Array, part: Array | int, dq: Array) -> None:
+    """Adds this warpgroup's part of dQ to global memory, through shared memory."""
+    plan = loop.plan
+    head, block = loop.block(step)
+    rows, columns = _dq_part(plan, part)
+    queries = pl.ds(block * plan.config.block_q + rows.start, rows.size)
+    if plan.interpret:
+        target = loop.outputs.dq.at[loop.tile.kv_tile, loop.tile.batch, queries, head, columns]
+        target[...] = dq
+        return
+    target = loop.outputs.dq.at[loop.tile.batch, queries, head, columns]
+    (dq_smem,), _ = loop.scratch.staging
+    staged = dq_smem.at[lax.axis_index("wg")]
+    # What was written before may still be on its way out of this buffer.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    _if_first(part, lambda: _pass_turn(loop, step - 1))
+    staged[...] = dq
+    plgpu.commit_smem()
+    _if_first(part, lambda: _take_turn(loop, step))
+    plgpu.copy_smem_to_gmem(staged, target, reduction_op="add")
+
+
+def _if_first(part: Array | int, action: Callable[[], None]) -> None:
+    """Acts for part 0; without a branch where there is one part, because products are in flight."""
+    if isinstance(part, int):
+        action()
+    else:
+        pl.when(part == 0)(action)
+
+
+def _turn_counter(loop: _Loop, step: Array) -> Any:
+    """Returns the counter of the additions to the dQ that a step adds to.
+
+    Step -1 has a counter that nobody reads: a branch would make ptxas serialise the products that
+    are in flight.
+    """
+    plan = loop.plan
+    head, block = loop.block(step)
+    row = loop.tile.batch * plan.spec.num_heads + head
+    index = row * plan.num_q_blocks + block
+    return loop.turns.at[jnp.where(step < 0, plan.num_turns - 1, index)]
+
+
+def _await_turn(loop: _Loop, step: Array) -> None:
+    """Waits until all tiles that come before have added to the dQ of a step; tells `compute`."""
+    plan = loop.plan
+    _, block = loop.block(step)
+    before = turn_of(plan, loop.inputs, loop.tile, block) * plan.config.compute_warpgroups
+    counter = _turn_counter(loop, step)
+    plgpu.semaphore_wait(counter, before, decrement=False, memory_scope="gpu")
+    plgpu.barrier_arrive(loop.scratch.turn.at[loop.turn_slot(step)])
+
+
+def _take_turn(loop: _Loop, step: Array) -> None:
+    """Waits until it is this tile's turn to add to dQ of a step."""
+    if loop.turns is not None:
+        plgpu.barrier_wait(loop.scratch.turn.at[loop.turn_slot(step)])
+
+
+def _pass_turn(loop: _Loop, step: Array) -> None:
+    """Waits until dQ of a step is in global memory, and lets the next tile add to it."""
+    if loop.turns is not None:
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.semaphore_signal(_turn_counter(loop, step), memory_scope="gpu")
+
+
+def _probabilities(loop: _Loop, step: Array, s: Array) -> Array:
+    """Returns P^T from masked S^T."""
+    scale = loop.plan.spec.softmax_scale * LOG2E
+    lse = plgpu.load(loop.scratch.lse.at[loop.q_slot(step)], layout=PER_COLUMN)
+    return jnp.exp2(s * scale - _columns(lse, s.shape))
+
+
+def _row_constant(value: int) -> Array:
+    """Returns `value` for each row."""
+    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.int32), PER_ROW)
+
+
+def _columns(x: Array, shape: tuple[int, ...]) -> Array:
+    """Broadcasts one value per column to a matrix."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def _mask(loop: _Loop, step: Array, s: Array) -> Array:
+    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
+    plan, spec, queries = loop.plan, loop.plan.spec, loop.queries
+    is_ragged = spec.key_length % plan.config.block_kv != 0
+    if spec.band.is_full and not spec.has_segments and not is_ragged:
+        return s
+    _, block = loop.block(step)
+    first_query = block * plan.config.block_q
+
+    def masked() -> Array:
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+        key = row + _first_key(plan, loop.tile)
+        # Columns of this block: the queries that see the key of each row. Those past the end have
+        # lse = +inf, so their P is 0.
+        last = _row_constant(plan.config.block_q - 1)
+        if spec.band.left is not None:
+            last = key + (spec.band.left - first_query)
+        if is_ragged:
+            last = jnp.where(key < spec.key_length, last, -1)
+        first = _row_constant(0)
+        if spec.band.right is not None:
+            first = key - (spec.band.right + first_query)
+        seen = keep_columns(s, first, last, interpret=plan.interpret)
+        if loop.kv_ids is None:
+            return seen
+        q_ids = plgpu.load(loop.scratch.q_ids.at[loop.q_slot(step)], layout=PER_COLUMN)
+        same = lax.broadcast_in_dim(loop.kv_ids, s.shape, [0]) == _columns(q_ids, s.shape)
+        return jnp.where(same, seen, _NEG_INF)
+
+    needs_mask = (block < queries.full_start) | (block >= queries.full_stop)
+    if is_ragged:
+        needs_mask |= loop.tile.kv_tile == plan.num_kv_tiles - 1
+    return lax.cond(needs_mask, masked, lambda: s)
+
+
+def _pin(plan: Plan, x: Any) -> Any:
+    """Keeps the compiler from moving the computation of x past this point, or from merging it."""
+    return x if plan.interpret else lax.optimization_barrier(x)
+
+
+def _store(loop: _Loop, dk: Array, dv: Array) -> None:
+    """Writes dV, then dK, through shared memory."""
+    plan, tile = loop.plan, loop.tile
+    _, (buffer,) = loop.scratch.staging
+    buffer = buffer.at[lax.axis_index("wg")]
+    keys = pl.ds(_first_key(plan, tile), ROWS)
+    _pass_turn(loop, loop.num_steps - 1)
+    for value, target in ((dv, loop.outputs.dv), (dk * plan.spec.softmax_scale, loop.outputs.dk)):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = value.astype(plan.spec.dtype)
+        plgpu.commit_smem()
+        target = loop.own_channels(target.at[tile.batch, keys, tile.kv_head])
+        plgpu.copy_smem_to_gmem(buffer, target)
+
+
+def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
+    """Splits the warpgroups into compute and producer."""
+    num_inputs = 6 + (3 + plan.takes_turns if plan.spec.has_segments else 0)
+    inputs = Inputs(*(*refs[:num_inputs], None, None, None, None)[: len(Inputs._fields)])
+    dq, dk, dv = refs[num_inputs:]
+    outputs = Outputs(dk, dv, dq)
+    scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
+    turns = None
+    if plan.takes_turns:
+        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_turns,)))
+    wgs = plan.config.compute_warpgroups
+
+    @pl.when(lax.axis_index("wg") == wgs)
+    def _() -> None:
+        plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
+        _produce(plan, inputs, outputs, scratch, turns)
+
+    @pl.when(lax.axis_index("wg") < wgs)
+    def _() -> None:
+        plgpu.set_max_registers(plan.config.compute_registers, action="increase")
+        _compute(plan, inputs, outputs, scratch, turns)
+
+
+def launch(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    lse: Array,
+    delta: Array,
+    segments: tuple[Array, ...],
+    *,
+    plan: Plan,
+) -> tuple[Array, Array, Array]:
+    """Runs the kernel.
+
+    Args:
+      q: `[B, T, N, H]`; T and S may be rounded up to `GMEM_ROWS` here.
+      k: `[B, S, K, H]`.
+      v: like k.
+      do: gradient of the output, like q.
+      lse: `[B, N, padded T]`, float32, in base 2; +inf for queries that see no key.
+      delta: `[B, N, padded T]`, float32: rowsum(do * out) - gradient of the log-sum-exp.
+      segments: `()`, or the last three or (if `plan.takes_turns`) four fields of `Inputs`.
+      plan: shapes, config and device.
+
+    Returns:
+      dQ / softmax_scale, `[B, padded T, N, H]`, float32; dK and dV like k.
+    """
+    scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
+    batch, _, heads, head_dim = q.shape
+    dq_shape = (batch, plan.padded_query_length, heads, head_dim)
+    dq = jax.new_ref(jnp.zeros((*plan.dq_copies, *dq_shape), jnp.float32))
+    dk, dv = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        scratch_types=scratch,
+        grid=(plan.num_ctas,),
+        grid_names=("cta",),
+        num_threads=plan.config.compute_warpgroups + 1,
+        thread_name="wg",
+        kernel_name="flash_attention_bwd",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
+    )(q, k, v, do, lse, delta, *segments, dq)
+    return dq[...].reshape(-1, *dq_shape).sum(axis=0) if plan.interpret else dq[...], dk, dv

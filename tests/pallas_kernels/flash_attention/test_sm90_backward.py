@@ -1,0 +1,247 @@
+"""The sm_90a backward kernel: interpreted against float64, lowered, and compiled for the H200."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+from pallas_kernels import flash_attention, hardware
+from pallas_kernels.flash_attention import sm90, sm90_bwd_plan, tuning
+from pallas_kernels.flash_attention.config import BackwardConfig
+from pallas_kernels.reference import attention_reference
+from tests.pallas_kernels.cases import Case
+from tests.pallas_kernels.compile_gate import ptxas_report
+from tests.pallas_kernels.flash_attention.test_sm90_forward import BENCHMARK, arguments, spec_of
+
+GRADIENTS = ("dq", "dk", "dv")
+SCALARS_OF_A_TILE = 256  # bytes; the report names each store and each load twice
+
+
+def gradients_of_twin(case, arrays):
+    """Returns the gradients of the same-precision reference."""
+    q, k, v, dout, dlse = arrays
+    spec = spec_of(case)
+    q_ids, kv_ids = case.segment_ids()
+    twin = functools.partial(
+        attention_reference,
+        softmax_scale=spec.softmax_scale,
+        band=spec.band,
+        q_segment_ids=q_ids,
+        kv_segment_ids=kv_ids,
+    )
+
+    @jax.jit
+    def run(q, k, v):
+        return jax.vjp(twin, q, k, v)[1]((dout, dlse))
+
+    return run(q, k, v)
+
+
+def interpreted(case, config, arrays, expected):
+    """Returns the kernel's gradients, from the oracle's output and log-sum-exp."""
+    q, k, v, dout, dlse = arrays
+    ids = [None if x is None else jnp.asarray(x) for x in case.segment_ids()]
+    out, lse = jnp.asarray(expected.out, q.dtype), jnp.asarray(expected.lse, jnp.float32)
+    return sm90.backward(
+        q, k, v, *ids, out, lse, dout, dlse, spec_of(case), config=config, interpret=True
+    )
+
+
+SPLIT = BackwardConfig(split_channels=True, num_do_stages=1)
+INTERPRETED = [
+    (Case(name="full", b=1, t=128, s=256, n=1, k=1, h=64), BackwardConfig(block_q=128)),
+    (Case(name="causal_gqa", b=1, t=72, s=136, n=2, k=1, h=128, is_causal=True), BackwardConfig()),
+    (
+        Case(name="window_t_over_s", b=1, t=200, s=70, n=1, k=1, h=128, window=(50, 20)),
+        BackwardConfig(overlap=False),
+    ),
+    (
+        Case(name="padded", b=2, t=130, s=130, n=1, k=1, h=128, segments="padded"),
+        BackwardConfig(num_q_stages=3),
+    ),
+    (
+        Case(name="split", b=1, t=65, s=128, n=1, k=1, h=256, is_causal=True, segments="packed"),
+        SPLIT,
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "config"), INTERPRETED, ids=[str(c) for c, _ in INTERPRETED])
+def test_interpreted_kernel_is_right_and_free_of_races(case, config, monkeypatch):
+    # One CTA, so that it walks through several tiles.
+    monkeypatch.setattr(sm90, "sm_count", lambda: 1)
+    arrays = case.arrays(jnp.bfloat16)
+    expected = case.expected(*arrays)
+    got = interpreted(case, config, arrays, expected)
+    assert not interpret_pallas_call.get_races().races_found
+    twin = gradients_of_twin(case, arrays)
+    for name, x, y in zip(GRADIENTS, got, twin, strict=True):
+        want = getattr(expected, name)
+        error, error_of_twin = (np.abs(np.asarray(a, np.float64) - want).max() for a in (x, y))
+        # Both round their results to bfloat16 last, by up to half a unit.
+        half_a_unit = 2.0**-9 * np.abs(want).max()
+        assert error <= 2 * error_of_twin + half_a_unit, name
+
+
+def gradient(case, deterministic=None):
+    """Returns the gradients of flash_attention as a function of arrays alone."""
+
+    def loss(q, k, v, q_ids=None, kv_ids=None):
+        out, lse = flash_attention(
+            q,
+            k,
+            v,
+            is_causal=case.is_causal,
+            local_window_size=case.window,
+            q_segment_ids=q_ids,
+            kv_segment_ids=kv_ids,
+            implementation="mosaic",
+            deterministic=deterministic,
+            return_lse=True,
+        )
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", BENCHMARK, ids=str)
+def test_lowers_for_cuda(case, dtype):
+    with hardware.assume_device_kind("NVIDIA H200"):
+        traced = jax.jit(gradient(case)).trace(*arguments(case, dtype))
+        assert "flash_attention_bwd" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def compile_cases():
+    """Every shipped config with its mask, grouped heads and ragged lengths."""
+    for head_dim, mask in tuning.tuned_backward_configs():
+        window = (512, 100) if mask == "window" else None
+        case = Case(name=f"{head_dim}_{mask}", b=2, t=4096, s=4096, h=head_dim, window=window)
+        yield dataclasses.replace(case, is_causal=mask == "causal")
+    for head_dim in (64, 128, 256):
+        yield Case(
+            name=f"{head_dim}_packed",
+            b=2,
+            t=4001,
+            s=4001,
+            h=head_dim,
+            is_causal=True,
+            segments="packed",
+        )
+
+
+def ptxas_of_backward(case, deterministic):
+    """Returns ptxas's report on the backward kernel alone."""
+    spec = dataclasses.replace(spec_of(case), deterministic=deterministic)
+    q, k, v, *ids = arguments(case)
+    statistics = jax.ShapeDtypeStruct((case.b, case.t, case.n), jnp.float32)
+
+    def run(q, k, v, lse, *ids):
+        return sm90.backward(q, k, v, *(ids or (None, None)), q, lse, q, lse, spec)
+
+    return ptxas_report(run, q, k, v, statistics, *ids)
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "any_order"])
+@pytest.mark.parametrize("case", list(compile_cases()), ids=str)
+def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, deterministic):
+    with hardware.assume_device_kind("NVIDIA H200"):
+        report = ptxas_of_backward(case, deterministic)
+    # Head dim 256 keeps a few scalars of its tile on the stack, outside the loop over queries.
+    allowed = SCALARS_OF_A_TILE if case.h == 256 and deterministic else 0
+    assert report.spilled_bytes <= allowed, report.text
+    assert not report.serialised_wgmmas, report.text
+
+
+def plan_of(case, config=BackwardConfig(), sm_count=4):  # noqa: B008  (frozen)
+    return sm90_bwd_plan.Plan(spec=spec_of(case), config=config, sm_count=sm_count)
+
+
+def visits(case, plan):
+    """Returns bool [key tiles, query blocks]: which pairs the schedule computes."""
+    table = np.zeros((plan.num_kv_tiles, plan.num_q_blocks), bool)
+    for j in range(plan.num_kv_tiles):
+        tile = sm90_bwd_plan.Tile(jnp.int32(0), jnp.int32(0), jnp.int32(j))
+        queries = sm90_bwd_plan.query_range_of(plan, None, tile)
+        table[j, int(queries.start) : int(queries.stop)] = True
+    return table
+
+
+SCHEDULES = [
+    Case(name="full", b=1, t=300, s=500),
+    Case(name="causal", b=1, t=500, s=500, is_causal=True),
+    Case(name="causal_more_keys", b=1, t=200, s=900, is_causal=True),
+    Case(name="window", b=1, t=700, s=700, window=(130, 70)),
+    Case(name="window_left", b=1, t=900, s=300, window=(100, 0), is_causal=True),
+]
+
+
+@pytest.mark.parametrize("case", SCHEDULES, ids=str)
+def test_schedule_visits_what_is_seen_and_turns_count_the_tiles_before(case):
+    plan = plan_of(case)
+    table = visits(case, plan)
+    position = np.arange(max(case.t, case.s))
+    offset = position[None, : case.s] - position[: case.t, None]
+    seen = np.ones((case.t, case.s), bool)
+    if case.is_causal:
+        seen &= offset <= 0
+    if case.window is not None:
+        seen &= (-case.window[0] <= offset) & (offset <= case.window[1])
+    for j, m in np.ndindex(table.shape):
+        block = seen[m * 64 : (m + 1) * 64, j * 128 : (j + 1) * 128]
+        # One block of a tile that nobody sees is visited all the same.
+        assert table[j, m] == block.any() or table[j].sum() == 1, (j, m)
+        if table[j, m]:
+            tile = sm90_bwd_plan.Tile(jnp.int32(0), jnp.int32(0), jnp.int32(j))
+            assert int(sm90_bwd_plan.turn_of(plan, None, tile, jnp.int32(m))) == table[:j, m].sum()
+
+
+def test_tiles_wait_only_for_tiles_with_a_smaller_index():
+    plan = plan_of(Case(name="x", b=3, t=512, s=512, n=4, k=4), BackwardConfig(heads_per_section=5))
+    assert plan.heads_per_section == 4, "the largest divisor of 12 up to 5"
+    tiles = [sm90_bwd_plan.tile_of(plan, jnp.int32(i)) for i in range(plan.num_tiles)]
+    tiles = [tuple(map(int, tile)) for tile in tiles]
+    assert len(set(tiles)) == plan.num_tiles == 3 * 4 * 4
+    for batch, head in {(b, h) for b, h, _ in tiles}:
+        assert [j for b, h, j in tiles if (b, h) == (batch, head)] == list(range(4))
+
+
+def test_turns_of_packed_documents_by_hand():
+    case = Case(name="packed", b=1, t=256, s=384, n=1, k=1, h=128, segments="packed")
+    plan = plan_of(case)
+    # Query blocks of 64 hold documents 0, 0-1, 1, 2; key tiles of 128 hold 0-1, 1, 2.
+    q_ids = jnp.asarray(np.repeat([0, 0, 1, 1, 2], [64, 32, 32, 64, 64]), jnp.int32)[None]
+    kv_ids = jnp.asarray(np.repeat([0, 1, 1, 2], [64, 64, 128, 128]), jnp.int32)[None]
+    *_, ranges, turns = sm90._backward_segment_operands(plan, q_ids, kv_ids)
+    np.testing.assert_array_equal(ranges[0, :, :2], [[0, 3], [1, 3], [3, 4]])
+    np.testing.assert_array_equal(turns[0], [[0, 0, 0, 0], [1, 1, 1, 0], [1, 2, 2, 0]])
+
+
+def test_shared_memory_of_the_default_config_by_hand():
+    plan = plan_of(Case(name="x", b=1, t=128, s=128, n=1, k=1, h=128))
+    k = v = 128 * 128 * 2
+    q = do = 2 * 64 * 128 * 2
+    ds, dq = 2 * 128 * 64 * 2, 2 * 64 * 64 * 4
+    statistics = 2 * 1024  # 2 * 64 floats each, aligned
+    barriers = 8 * (2 + 4 * 2 + 1 + 2)
+    total = k + v + q + do + ds + dq + statistics + barriers + 2176
+    assert sm90_bwd_plan.smem_bytes(plan) == total
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(block_q=96), "block_q=96 must be 64 or 128"),
+        (dict(block_q=128, split_channels=True), "block_q=128 must be 64 with split_channels"),
+        (dict(num_q_stages=0), "num_q_stages=0 must be at least 1"),
+        (dict(num_do_stages=0), "num_do_stages=0 must be at least 1"),
+        (dict(heads_per_section=-1), "heads_per_section=-1 must be positive"),
+    ],
+)
+def test_config_rejects(options, message):
+    with pytest.raises(ValueError, match=message):
+        BackwardConfig(**options)
