@@ -1,7 +1,8 @@
 """The Pallas Mosaic GPU implementation for sm_90a: what it supports, padding, masks of blocks, and
 gradients.
 
-The kernels themselves are in `sm90_fwd_bf16` and `sm90_bwd_bf16`; how they cut their work is in `tuning`.
+The kernels themselves are in `sm90_fwd_bf16` and `sm90_bwd_bf16`; how they cut their work is in
+`tuning`.
 """
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.

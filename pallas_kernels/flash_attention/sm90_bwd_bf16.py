@@ -41,7 +41,7 @@ Not supported: float32, head dims other than 64, 128, 256, biases, dropout, logi
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,84 +49,29 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.sm90_bwd_loop import (
+    Loop,
+    add_dq,
+    await_turn,
+    dq_part_of,
+    pass_turn,
+    pin,
+)
 from pallas_kernels.flash_attention.sm90_bwd_plan import (
     Inputs,
     Outputs,
     Plan,
-    QueryRange,
     Scratch,
     Tile,
     query_range_of,
     scratch_types,
     tile_of,
-    turn_of,
 )
 from pallas_kernels.flash_attention.sm90_fwd_plan import cta_tiles
 from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns
 from pallas_kernels.numerics import LOG2E
 
 _NEG_INF = float("-inf")
-
-
-class _Loop(NamedTuple):
-    """What stays the same while a tile of keys meets its blocks of queries."""
-
-    plan: Plan
-    inputs: Inputs
-    outputs: Outputs
-    scratch: Scratch
-    turns: Any  # [B * N * num_q_blocks], semaphores: warpgroups that have added to dQ; or None
-    tile: Tile
-    queries: QueryRange
-    first_step: Array  # blocks that this CTA has met before: numbers the stages
-    kv_ids: Array | None  # [ROWS]
-
-    @property
-    def num_steps(self) -> Array:
-        """Blocks of this tile over all heads of the group, at least 1."""
-        return (self.queries.stop - self.queries.start) * self.plan.group
-
-    def block(self, step: Array) -> tuple[Array, Array]:
-        """Returns the query head and the block of queries of a step; the last block goes first."""
-        if self.plan.group == 1:
-            return self.tile.kv_head, self.queries.stop - 1 - step
-        blocks = self.queries.stop - self.queries.start
-        head = self.tile.kv_head * self.plan.group + lax.div(step, blocks)
-        return head, self.queries.stop - 1 - lax.rem(step, blocks)
-
-    def q_slot(self, step: Array) -> Array:
-        """Returns which buffers hold Q, lse and ids of a step."""
-        return lax.rem(self.first_step + step, jnp.int32(self.plan.config.num_q_stages))
-
-    def do_slot(self, step: Array) -> Array:
-        """Returns which buffers hold dO and delta of a step."""
-        return lax.rem(self.first_step + step, jnp.int32(self.plan.config.num_do_stages))
-
-    def turn_slot(self, step: Array) -> Array:
-        """Returns which barrier tells that it is this tile's turn to add to dQ of a step."""
-        return lax.rem(self.first_step + step, jnp.int32(2))
-
-    def ds(self, step: Array) -> Any:
-        """Returns the buffer of dS^T of a step, `[block_kv, block_q]`."""
-        if self.plan.config.split_channels:
-            return self.scratch.ds.at[lax.axis_index("wg")]
-        return self.scratch.ds.at[lax.rem(self.first_step + step, jnp.int32(2))]
-
-    def own_keys(self, x: Any) -> Any:
-        """Returns the rows of a `[block_kv, ...]` buffer that this warpgroup works on."""
-        wg = lax.axis_index("wg")
-        if self.plan.config.split_channels:
-            # Always 0, but the compiler does not know: it would otherwise work out the wgmma
-            # descriptors of all 256 channels ahead, and run out of uniform registers.
-            wg = lax.shift_right_logical(wg, jnp.int32(3))
-        return x.at[pl.ds(wg * ROWS, ROWS)]
-
-    def own_channels(self, x: Any) -> Any:
-        """Returns the columns of a `[..., H]` buffer that belong to this warpgroup's dK and dV."""
-        if not self.plan.config.split_channels:
-            return x
-        half = self.plan.spec.head_dim // 2
-        return x.at[:, pl.ds(lax.axis_index("wg") * half, half)]
 
 
 def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, turns: Any) -> None:
@@ -137,7 +82,7 @@ def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
     def load_tile(i: Array, first_step: Array) -> Array:
         tile = tile_of(plan, index(i))
         queries = query_range_of(plan, inputs, tile)
-        loop = _Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, None)
+        loop = Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, None)
         keys = pl.ds(tile.kv_tile * block_kv, block_kv)
         plgpu.barrier_wait(scratch.kv_free)
         for gmem, smem in ((inputs.k, scratch.k), (inputs.v, scratch.v)):
@@ -165,11 +110,11 @@ def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
             plgpu.copy_gmem_to_smem(delta, scratch.delta.at[slot], full)
             if turns is not None:
                 # Not before the loads that the step before needs to get to its turn.
-                pl.when(step > 0)(lambda: _await_turn(loop, step - 1))
+                pl.when(step > 0)(lambda: await_turn(loop, step - 1))
 
         lax.fori_loop(0, loop.num_steps, load_block, None)
         if turns is not None:
-            _await_turn(loop, loop.num_steps - 1)
+            await_turn(loop, loop.num_steps - 1)
         return first_step + loop.num_steps
 
     lax.fori_loop(0, count, load_tile, jnp.int32(0))
@@ -194,20 +139,20 @@ def _compute(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
     def compute_tile(i: Array, first_step: Array) -> Array:
         # Without the pin the compiler finds that slots repeat in every tile, works out all wgmma
         # descriptors ahead, and runs out of uniform registers.
-        first_step = _pin(plan, first_step)
+        first_step = pin(plan, first_step)
         tile = tile_of(plan, index(i))
         queries = query_range_of(plan, inputs, tile)
         kv_ids = None
         if plan.spec.has_segments:
             ids = inputs.kv_ids.at[tile.batch, pl.ds(_first_key(plan, tile), ROWS)]
             kv_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
-        loop = _Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, kv_ids)
+        loop = Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, kv_ids)
         accumulator = plgpu.ACC((ROWS, plan.channels), jnp.float32)
         plgpu.barrier_wait(scratch.kv_full)
         dk, dv = pl.run_scoped(functools.partial(_meet_queries, loop), accumulator, accumulator)
         plgpu.barrier_arrive(scratch.kv_free)
         # Working these out anew is cheaper than holding them in registers through the loop.
-        i = _pin(plan, i)
+        i = pin(plan, i)
         tile = tile_of(plan, index(i))
         loop = loop._replace(tile=tile, queries=query_range_of(plan, inputs, tile))
         _store(loop, dk, dv)
@@ -223,7 +168,7 @@ def _first_key(plan: Plan, tile: Tile) -> Array:
     return first if plan.config.split_channels else first + lax.axis_index("wg") * ROWS
 
 
-def _meet_queries(loop: _Loop, dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
+def _meet_queries(loop: Loop, dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
     """Runs the loop over blocks of queries; returns dK / softmax_scale and dV."""
     first = jnp.int32(0)
     if loop.plan.config.split_channels:
@@ -240,7 +185,7 @@ def _meet_queries(loop: _Loop, dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
     return dk_acc[...], dv_acc[...]
 
 
-def _first_half(loop: _Loop, dv_acc: Any, step: Array) -> Array:
+def _first_half(loop: Loop, dv_acc: Any, step: Array) -> Array:
     """Computes dV and dS of a step, with nothing else in flight; returns dS^T."""
 
     def s_alone(s_acc: Any) -> Array:
@@ -251,7 +196,7 @@ def _first_half(loop: _Loop, dv_acc: Any, step: Array) -> Array:
     return _dv_then_dp(loop, dv_acc, step, _probabilities(loop, step, s))
 
 
-def _next_block(loop: _Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) -> Array:
+def _next_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) -> Array:
     """Finishes dK and dQ of the step before, then computes dV and dS of this one."""
     plan = loop.plan
 
@@ -262,12 +207,12 @@ def _next_block(loop: _Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) -
     # The mask comes before dP is started: both at once need too many registers.
     s = pl.run_scoped(s_and_mask, _block_type(plan))
     if not plan.config.overlap:
-        return _dv_then_dp(loop, dv_acc, step, _pin(plan, _probabilities(loop, step, s)))
-    s = _pin(plan, s)
+        return _dv_then_dp(loop, dv_acc, step, pin(plan, _probabilities(loop, step, s)))
+    s = pin(plan, s)
 
     def dp_then_dv(dp_acc: Any) -> Array:
         _issue_dp(loop, dp_acc, step)
-        p = _pin(plan, _pin(plan, _probabilities(loop, step, s)).astype(plan.spec.dtype))
+        p = pin(plan, pin(plan, _probabilities(loop, step, s)).astype(plan.spec.dtype))
         _issue_dv(loop, dv_acc, step, p)
         ds = _share_ds(loop, step, p, plgpu.wgmma_accumulator_load(dp_acc, wait_n=1))
         # A product in flight at the end of a loop's body makes ptxas serialise all of them.
@@ -278,10 +223,10 @@ def _next_block(loop: _Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) -
     return pl.run_scoped(dp_then_dv, _block_type(plan))
 
 
-def _dv_then_dp(loop: _Loop, dv_acc: Any, step: Array, p: Array) -> Array:
+def _dv_then_dp(loop: Loop, dv_acc: Any, step: Array, p: Array) -> Array:
     """Computes dV and dS with fewer registers than `_next_block`; returns dS^T."""
     plan = loop.plan
-    p = _pin(plan, p.astype(plan.spec.dtype))
+    p = pin(plan, p.astype(plan.spec.dtype))
 
     def dp_alone(dp_acc: Any) -> Array:
         plgpu.barrier_wait(loop.scratch.do_full.at[loop.do_slot(step)])
@@ -294,7 +239,7 @@ def _dv_then_dp(loop: _Loop, dv_acc: Any, step: Array, p: Array) -> Array:
     return ds
 
 
-def _share_ds(loop: _Loop, step: Array, p: Array, dp: Array) -> Array:
+def _share_ds(loop: Loop, step: Array, p: Array, dp: Array) -> Array:
     """Computes dS^T, writes it to shared memory for dQ, and returns it for dK."""
     plan = loop.plan
     delta = plgpu.load(loop.scratch.delta.at[loop.do_slot(step)], layout=PER_COLUMN)
@@ -309,7 +254,7 @@ def _share_ds(loop: _Loop, step: Array, p: Array, dp: Array) -> Array:
 
 
 def _finish_block(
-    loop: _Loop, dk_acc: Any, step: Array, ds: Array, issue_next: Callable[[], None] | None
+    loop: Loop, dk_acc: Any, step: Array, ds: Array, issue_next: Callable[[], None] | None
 ) -> None:
     """Computes dK and dQ of a step whose dS is ready; `issue_next` starts one more product behind
     them, which stays in flight.
@@ -321,7 +266,7 @@ def _finish_block(
 
     def dq_part(part: Array | int, _: None) -> None:
         def product(dq_acc: Any) -> None:
-            rows, columns = _dq_part(plan, part)
+            rows, columns = dq_part_of(plan, part)
             operand = loop.ds(step).at[:, rows].transpose((1, 0))
             plgpu.wgmma(dq_acc, operand, scratch.k.at[:, columns])
             if issue_next is not None:
@@ -329,7 +274,7 @@ def _finish_block(
             dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=int(issue_next is not None))
             if plan.dq_parts == 1:  # dK has ended too
                 plgpu.barrier_arrive(scratch.q_free.at[loop.q_slot(step)])
-            _add_dq(loop, step, part, dq)
+            add_dq(loop, step, part, dq)
 
         pl.run_scoped(product, plgpu.ACC(plan.dq_shape, jnp.float32))
 
@@ -345,7 +290,7 @@ def _block_type(plan: Plan) -> Any:
     return plgpu.ACC((ROWS, plan.config.block_q), jnp.float32)
 
 
-def _issue_s(loop: _Loop, s_acc: Any, step: Array) -> None:
+def _issue_s(loop: Loop, s_acc: Any, step: Array) -> None:
     """Starts S^T = K Q^T."""
     slot = loop.q_slot(step)
     plgpu.barrier_wait(loop.scratch.q_full.at[slot])
@@ -353,7 +298,7 @@ def _issue_s(loop: _Loop, s_acc: Any, step: Array) -> None:
     plgpu.wgmma(s_acc, loop.own_keys(loop.scratch.k), q)
 
 
-def _issue_dp(loop: _Loop, dp_acc: Any, step: Array, *, wait: bool = True) -> None:
+def _issue_dp(loop: Loop, dp_acc: Any, step: Array, *, wait: bool = True) -> None:
     """Starts dP^T = V dO^T, once dO has arrived."""
     slot = loop.do_slot(step)
     if wait:
@@ -362,12 +307,12 @@ def _issue_dp(loop: _Loop, dp_acc: Any, step: Array, *, wait: bool = True) -> No
     plgpu.wgmma(dp_acc, loop.own_keys(loop.scratch.v), do)
 
 
-def _issue_dv(loop: _Loop, dv_acc: Any, step: Array, p: Array) -> None:
+def _issue_dv(loop: Loop, dv_acc: Any, step: Array, p: Array) -> None:
     """Starts dV += P^T dO."""
     _multiply(loop, dv_acc, p, loop.own_channels(loop.scratch.do.at[loop.do_slot(step)]), 0)
 
 
-def _multiply(loop: _Loop, acc: Any, a: Array, b: Any, which: int) -> None:
+def _multiply(loop: Loop, acc: Any, a: Array, b: Any, which: int) -> None:
     """Starts acc += a b, with `a` in registers; the interpreter wants it in an operand buffer."""
     if not loop.plan.interpret:
         plgpu.wgmma(acc, a, b)
@@ -378,82 +323,7 @@ def _multiply(loop: _Loop, acc: Any, a: Array, b: Any, which: int) -> None:
     plgpu.wgmma(acc, operand, b)
 
 
-def _dq_part(plan: Plan, part: Array | int) -> tuple[Any, Any]:
-    """Returns the queries of a block and the channels of dQ that this warpgroup adds in a part."""
-    rows, columns = plan.dq_shape
-    wg = lax.axis_index("wg")
-    if plan.config.block_q > rows:
-        return pl.ds(wg * rows, rows), pl.ds(0, columns)
-    return pl.ds(0, rows), pl.ds((wg * plan.dq_parts + part) * columns, columns)
-
-
-def _add_dq(loop: _Loop, step: Array, part: Array | int, dq: Array) -> None:
-    """Adds this warpgroup's part of dQ to global memory, through shared memory."""
-    plan = loop.plan
-    head, block = loop.block(step)
-    rows, columns = _dq_part(plan, part)
-    queries = pl.ds(block * plan.config.block_q + rows.start, rows.size)
-    if plan.interpret:
-        target = loop.outputs.dq.at[loop.tile.kv_tile, loop.tile.batch, queries, head, columns]
-        target[...] = dq
-        return
-    target = loop.outputs.dq.at[loop.tile.batch, queries, head, columns]
-    (dq_smem,), _ = loop.scratch.staging
-    staged = dq_smem.at[lax.axis_index("wg")]
-    # What was written before may still be on its way out of this buffer.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    _if_first(part, lambda: _pass_turn(loop, step - 1))
-    staged[...] = dq
-    plgpu.commit_smem()
-    _if_first(part, lambda: _take_turn(loop, step))
-    plgpu.copy_smem_to_gmem(staged, target, reduction_op="add")
-
-
-def _if_first(part: Array | int, action: Callable[[], None]) -> None:
-    """Acts for part 0; without a branch where there is one part, because products are in flight."""
-    if isinstance(part, int):
-        action()
-    else:
-        pl.when(part == 0)(action)
-
-
-def _turn_counter(loop: _Loop, step: Array) -> Any:
-    """Returns the counter of the additions to the dQ that a step adds to.
-
-    Step -1 has a counter that nobody reads: a branch would make ptxas serialise the products that
-    are in flight.
-    """
-    plan = loop.plan
-    head, block = loop.block(step)
-    row = loop.tile.batch * plan.spec.num_heads + head
-    index = row * plan.num_q_blocks + block
-    return loop.turns.at[jnp.where(step < 0, plan.num_turns - 1, index)]
-
-
-def _await_turn(loop: _Loop, step: Array) -> None:
-    """Waits until all tiles that come before have added to the dQ of a step; tells `compute`."""
-    plan = loop.plan
-    _, block = loop.block(step)
-    before = turn_of(plan, loop.inputs, loop.tile, block) * plan.config.compute_warpgroups
-    counter = _turn_counter(loop, step)
-    plgpu.semaphore_wait(counter, before, decrement=False, memory_scope="gpu")
-    plgpu.barrier_arrive(loop.scratch.turn.at[loop.turn_slot(step)])
-
-
-def _take_turn(loop: _Loop, step: Array) -> None:
-    """Waits until it is this tile's turn to add to dQ of a step."""
-    if loop.turns is not None:
-        plgpu.barrier_wait(loop.scratch.turn.at[loop.turn_slot(step)])
-
-
-def _pass_turn(loop: _Loop, step: Array) -> None:
-    """Waits until dQ of a step is in global memory, and lets the next tile add to it."""
-    if loop.turns is not None:
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.semaphore_signal(_turn_counter(loop, step), memory_scope="gpu")
-
-
-def _probabilities(loop: _Loop, step: Array, s: Array) -> Array:
+def _probabilities(loop: Loop, step: Array, s: Array) -> Array:
     """Returns P^T from masked S^T."""
     scale = loop.plan.spec.softmax_scale * LOG2E
     lse = plgpu.load(loop.scratch.lse.at[loop.q_slot(step)], layout=PER_COLUMN)
@@ -470,7 +340,7 @@ def _columns(x: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def _mask(loop: _Loop, step: Array, s: Array) -> Array:
+def _mask(loop: Loop, step: Array, s: Array) -> Array:
     """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
     plan, spec, queries = loop.plan, loop.plan.spec, loop.queries
     is_ragged = spec.key_length % plan.config.block_kv != 0
@@ -505,18 +375,13 @@ def _mask(loop: _Loop, step: Array, s: Array) -> Array:
     return lax.cond(needs_mask, masked, lambda: s)
 
 
-def _pin(plan: Plan, x: Any) -> Any:
-    """Keeps the compiler from moving the computation of x past this point, or from merging it."""
-    return x if plan.interpret else lax.optimization_barrier(x)
-
-
-def _store(loop: _Loop, dk: Array, dv: Array) -> None:
+def _store(loop: Loop, dk: Array, dv: Array) -> None:
     """Writes dV, then dK, through shared memory."""
     plan, tile = loop.plan, loop.tile
     _, (buffer,) = loop.scratch.staging
     buffer = buffer.at[lax.axis_index("wg")]
     keys = pl.ds(_first_key(plan, tile), ROWS)
-    _pass_turn(loop, loop.num_steps - 1)
+    pass_turn(loop, loop.num_steps - 1)
     for value, target in ((dv, loop.outputs.dv), (dk * plan.spec.softmax_scale, loop.outputs.dk)):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer[...] = value.astype(plan.spec.dtype)

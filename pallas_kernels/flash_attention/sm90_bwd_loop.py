@@ -1,0 +1,167 @@
+"""Flash attention backward, SM90: what stays the same in the loop over queries, and how dQ leaves.
+
+Split from `sm90_bwd_bf16`, whose text explains the warps and barriers.
+"""
+
+# Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
+# warpgroups.
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.sm90_bwd_plan import (
+    Inputs,
+    Outputs,
+    Plan,
+    QueryRange,
+    Scratch,
+    Tile,
+    turn_of,
+)
+from pallas_kernels.mosaic import ROWS
+
+
+class Loop(NamedTuple):
+    """What stays the same while a tile of keys meets its blocks of queries."""
+
+    plan: Plan
+    inputs: Inputs
+    outputs: Outputs
+    scratch: Scratch
+    turns: Any  # [B * N * num_q_blocks], semaphores: warpgroups that have added to dQ; or None
+    tile: Tile
+    queries: QueryRange
+    first_step: Array  # blocks that this CTA has met before: numbers the stages
+    kv_ids: Array | None  # [ROWS]
+
+    @property
+    def num_steps(self) -> Array:
+        """Blocks of this tile over all heads of the group, at least 1."""
+        return (self.queries.stop - self.queries.start) * self.plan.group
+
+    def block(self, step: Array) -> tuple[Array, Array]:
+        """Returns the query head and the block of queries of a step; the last block goes first."""
+        if self.plan.group == 1:
+            return self.tile.kv_head, self.queries.stop - 1 - step
+        blocks = self.queries.stop - self.queries.start
+        head = self.tile.kv_head * self.plan.group + lax.div(step, blocks)
+        return head, self.queries.stop - 1 - lax.rem(step, blocks)
+
+    def q_slot(self, step: Array) -> Array:
+        """Returns which buffers hold Q, lse and ids of a step."""
+        return lax.rem(self.first_step + step, jnp.int32(self.plan.config.num_q_stages))
+
+    def do_slot(self, step: Array) -> Array:
+        """Returns which buffers hold dO and delta of a step."""
+        return lax.rem(self.first_step + step, jnp.int32(self.plan.config.num_do_stages))
+
+    def turn_slot(self, step: Array) -> Array:
+        """Returns which barrier tells that it is this tile's turn to add to dQ of a step."""
+        return lax.rem(self.first_step + step, jnp.int32(2))
+
+    def ds(self, step: Array) -> Any:
+        """Returns the buffer of dS^T of a step, `[block_kv, block_q]`."""
+        if self.plan.config.split_channels:
+            return self.scratch.ds.at[lax.axis_index("wg")]
+        return self.scratch.ds.at[lax.rem(self.first_step + step, jnp.int32(2))]
+
+    def own_keys(self, x: Any) -> Any:
+        """Returns the rows of a `[block_kv, ...]` buffer that this warpgroup works on."""
+        wg = lax.axis_index("wg")
+        if self.plan.config.split_channels:
+            # Always 0, but the compiler does not know: it would otherwise work out the wgmma
+            # descriptors of all 256 channels ahead, and run out of uniform registers.
+            wg = lax.shift_right_logical(wg, jnp.int32(3))
+        return x.at[pl.ds(wg * ROWS, ROWS)]
+
+    def own_channels(self, x: Any) -> Any:
+        """Returns the columns of a `[..., H]` buffer that belong to this warpgroup's dK and dV."""
+        if not self.plan.config.split_channels:
+            return x
+        half = self.plan.spec.head_dim // 2
+        return x.at[:, pl.ds(lax.axis_index("wg") * half, half)]
+
+
+def pin(plan: Plan, x: Any) -> Any:
+    """Keeps the compiler from moving the computation of x past this point, or from merging it."""
+    return x if plan.interpret else lax.optimization_barrier(x)
+
+
+def dq_part_of(plan: Plan, part: Array | int) -> tuple[Any, Any]:
+    """Returns the queries of a block and the channels of dQ that this warpgroup adds in a part."""
+    rows, columns = plan.dq_shape
+    wg = lax.axis_index("wg")
+    if plan.config.block_q > rows:
+        return pl.ds(wg * rows, rows), pl.ds(0, columns)
+    return pl.ds(0, rows), pl.ds((wg * plan.dq_parts + part) * columns, columns)
+
+
+def add_dq(loop: Loop, step: Array, part: Array | int, dq: Array) -> None:
+    """Adds this warpgroup's part of dQ to global memory, through shared memory."""
+    plan = loop.plan
+    head, block = loop.block(step)
+    rows, columns = dq_part_of(plan, part)
+    queries = pl.ds(block * plan.config.block_q + rows.start, rows.size)
+    if plan.interpret:
+        target = loop.outputs.dq.at[loop.tile.kv_tile, loop.tile.batch, queries, head, columns]
+        target[...] = dq
+        return
+    target = loop.outputs.dq.at[loop.tile.batch, queries, head, columns]
+    (dq_smem,), _ = loop.scratch.staging
+    staged = dq_smem.at[lax.axis_index("wg")]
+    # What was written before may still be on its way out of this buffer.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    _if_first(part, lambda: pass_turn(loop, step - 1))
+    staged[...] = dq
+    plgpu.commit_smem()
+    _if_first(part, lambda: _take_turn(loop, step))
+    plgpu.copy_smem_to_gmem(staged, target, reduction_op="add")
+
+
+def _if_first(part: Array | int, action: Callable[[], None]) -> None:
+    """Acts for part 0; without a branch where there is one part, because products are in flight."""
+    if isinstance(part, int):
+        action()
+    else:
+        pl.when(part == 0)(action)
+
+
+def _turn_counter(loop: Loop, step: Array) -> Any:
+    """Returns the counter of the additions to the dQ that a step adds to.
+
+    Step -1 has a counter that nobody reads: a branch would make ptxas serialise the products that
+    are in flight.
+    """
+    plan = loop.plan
+    head, block = loop.block(step)
+    row = loop.tile.batch * plan.spec.num_heads + head
+    index = row * plan.num_q_blocks + block
+    return loop.turns.at[jnp.where(step < 0, plan.num_turns - 1, index)]
+
+
+def await_turn(loop: Loop, step: Array) -> None:
+    """Waits until all tiles that come before have added to the dQ of a step; tells `compute`."""
+    plan = loop.plan
+    _, block = loop.block(step)
+    before = turn_of(plan, loop.inputs, loop.tile, block) * plan.config.compute_warpgroups
+    counter = _turn_counter(loop, step)
+    plgpu.semaphore_wait(counter, before, decrement=False, memory_scope="gpu")
+    plgpu.barrier_arrive(loop.scratch.turn.at[loop.turn_slot(step)])
+
+
+def _take_turn(loop: Loop, step: Array) -> None:
+    """Waits until it is this tile's turn to add to dQ of a step."""
+    if loop.turns is not None:
+        plgpu.barrier_wait(loop.scratch.turn.at[loop.turn_slot(step)])
+
+
+def pass_turn(loop: Loop, step: Array) -> None:
+    """Waits until dQ of a step is in global memory, and lets the next tile add to it."""
+    if loop.turns is not None:
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.semaphore_signal(_turn_counter(loop, step), memory_scope="gpu")
