@@ -1,17 +1,21 @@
 """Flash attention forward for sm_90a in bfloat16 or float16, written in Pallas Mosaic GPU.
 
-For each tile of queries, over the blocks j of keys that it sees, last block first:
-  S_j = Q K_j^T,   m' = max(m, rowmax(c S_j)),   P_j = exp2(c S_j - m'),   c = softmax_scale *
-  log2(e) l = l exp2(m - m') + rowsum(P_j),   O = O exp2(m - m') + P_j V_j;   at the end O / l, lse
-  = (m + log2 l) ln 2
-(Dao 2023, arXiv:2307.08691; warp specialisation and ping-pong: Shah et al. 2024, arXiv:2407.08608.)
+For each tile of queries, over the blocks j of keys that it sees, last block first, with
+c = softmax_scale * log2(e):
+  S_j = Q K_j^T
+  m'  = max(m, rowmax(c S_j))
+  P_j = exp2(c S_j - m')
+  l   = l exp2(m - m') + rowsum(P_j)
+  O   = O exp2(m - m') + P_j V_j
+and at the end O / l and lse = (m + log2 l) ln 2
+(Dao 2023, arXiv:2307.08691; warp specialisation and ping-pong: Shah et al. 2024, arXiv:2407.08608).
+Each thread keeps its own part of l until the end.
 
-One persistent CTA on each SM walks through the tiles, longest first:
+One persistent CTA on each SM walks through its tiles (`sm90_fwd_plan.make_schedule`):
 
-  warpgroup             does                                    waits for            then arrives at
-  compute 0..C-1        S, softmax, O for 64 queries each       q_full k_full v_full k_free v_free
-  q_free producer (last)       TMA loads of Q, K, V, segment ids       q_free k_free v_free (TMA)
-  q_full k_full v_full
+  warpgroup        does                                waits for              arrives at
+  compute 0..C-1   S, softmax, O of 64 queries each    q_full k_full v_full   q_free k_free v_free
+  producer (last)  TMA of Q, K, V, segment ids         q_free k_free v_free   (TMA) *_full
 
 Ping-pong: the compute warpgroups issue their matrix products in turn (barrier `turn`), so that one
 is in its softmax while another keeps the tensor cores busy. Overlap: within a warpgroup S_{j+1} is
@@ -24,6 +28,7 @@ Not supported: float32, head dims other than 64, 128, 256, biases, dropout, logi
 # warpgroups.
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +41,7 @@ from pallas_kernels.flash_attention.sm90_fwd_loop import (
     NEG_INF,
     Loop,
     for_each_block,
+    for_each_tile,
     mask,
     pass_turn,
     pin,
@@ -51,7 +57,7 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     Scratch,
     Tile,
     block_range_of,
-    cta_tiles,
+    schedule_operand,
     scratch_types,
     tile_of,
 )
@@ -68,7 +74,6 @@ from pallas_kernels.numerics import LN2, LOG2E
 def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scratch) -> None:
     """Computes ROWS queries of each tile."""
     wg = lax.axis_index("wg")
-    count, index = cta_tiles(plan)
     wgs = plan.config.compute_warpgroups
     # All buffers start out free.
     plgpu.barrier_arrive(scratch.q_free)
@@ -78,8 +83,8 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scra
     if plan.config.ping_pong:
         pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(scratch.turn.at[0]))
 
-    def compute_tile(i: Array, step: Array) -> Array:
-        tile = tile_of(plan, index(i))
+    def compute_tile(index: Callable[[], Array], step: Array) -> Array:
+        tile = tile_of(plan, index())
         blocks = block_range_of(plan, inputs.block_ranges, tile)
         first_query = tile.q_tile * plan.tile_q + wg * ROWS
         q_ids = None
@@ -88,12 +93,10 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scra
             q_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
         plgpu.barrier_wait(scratch.q_full)
         state = _attend(Loop(plan, scratch, blocks, first_query, step, q_ids))
-        # Working these out anew is cheaper than holding them in registers through the loop.
-        tile = tile_of(plan, index(pin(plan, i)))
-        _store(plan, outputs, scratch, tile, state)
+        _store(plan, outputs, scratch, tile_of(plan, index()), state)
         return step + blocks.stop - blocks.start
 
-    lax.fori_loop(0, count, compute_tile, jnp.int32(0))
+    for_each_tile(plan, scratch, compute_tile)
     if plan.config.ping_pong and plan.interpret:
         pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
@@ -263,8 +266,10 @@ def _store(
 
 def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     """Splits the warpgroups into compute and producer."""
-    num_inputs = 6 if plan.spec.has_segments else 3
-    inputs = Inputs(*(*refs[:num_inputs], None, None, None)[:6])
+    num_inputs = 3 + 3 * plan.spec.has_segments + plan.has_schedule
+    q, k, v, *rest = refs[:num_inputs]
+    schedule = rest.pop() if plan.has_schedule else None
+    inputs = Inputs(q, k, v, *(rest or (None, None, None)), schedule)
     outputs = refs[num_inputs:]
     scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
     wg = lax.axis_index("wg")
@@ -319,4 +324,4 @@ def launch(
         kernel_name="flash_attention_fwd",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
-    )(q, k, v, *(segments or ()))
+    )(q, k, v, *(segments or ()), *schedule_operand(plan))

@@ -58,6 +58,7 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     Scratch,
     Tile,
     block_range_of,
+    schedule_operand,
     scratch_types,
     tile_of,
 )
@@ -109,7 +110,7 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scra
         _store(plan, inputs, outputs, scratch, tile_of(plan, index()), state)
         return step + blocks.stop - blocks.start
 
-    for_each_tile(plan, compute_tile)
+    for_each_tile(plan, scratch, compute_tile)
     if plan.config.ping_pong and plan.interpret:
         pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
@@ -302,10 +303,10 @@ def _store(
 
 def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     """Splits the warpgroups into compute and producer."""
-    num_inputs = 8 if plan.spec.has_segments else 5
-    q, k, v, factor, v_scale, *segments = refs[:num_inputs]
-    q_ids, kv_ids, ranges = segments or (None, None, None)
-    inputs = Inputs(q, k, v, q_ids, kv_ids, ranges, factor, v_scale)
+    num_inputs = 5 + 3 * plan.spec.has_segments + plan.has_schedule
+    q, k, v, factor, v_scale, *rest = refs[:num_inputs]
+    schedule = rest.pop() if plan.has_schedule else None
+    inputs = Inputs(q, k, v, *(rest or (None, None, None)), schedule, factor, v_scale)
     outputs = refs[num_inputs:]
     scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
     wg = lax.axis_index("wg")
@@ -363,5 +364,5 @@ def launch(
         kernel_name="flash_attention_fwd_fp8",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
-    )(q, k, v_t, factor, v_scale, *(segments or ()))
+    )(q, k, v_t, factor, v_scale, *(segments or ()), *schedule_operand(plan))
     return out, Statistics(lse2, top)

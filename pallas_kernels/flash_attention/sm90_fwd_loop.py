@@ -28,7 +28,9 @@ from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, keep_
 NEG_INF = float("-inf")
 
 
-def for_each_tile(plan: Plan, body: Callable[[Callable[[], Array], Array], Array]) -> None:
+def for_each_tile(
+    plan: Plan, scratch: Scratch, body: Callable[[Callable[[], Array], Array], Array]
+) -> None:
     """Calls `step = body(index, step)` for each tile of this CTA, the first time with step 0.
 
     `index()` works out the tile's index anew: cheaper than holding it in registers.
@@ -36,7 +38,11 @@ def for_each_tile(plan: Plan, body: Callable[[Callable[[], Array], Array], Array
     if plan.num_ctas == plan.num_tiles:
         body(lambda: lax.axis_index("cta"), jnp.int32(0))
         return
-    count, index = cta_tiles(plan)
+    if plan.has_schedule:
+        plgpu.barrier_wait(scratch.schedule_full)
+        count, index = scratch.schedule[0], lambda i: scratch.schedule[1 + i]
+    else:
+        count, index = cta_tiles(plan)
     lax.fori_loop(0, count, lambda i, step: body(lambda: index(pin(plan, i)), step), jnp.int32(0))
 
 
@@ -76,7 +82,10 @@ def produce(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
 
         return lax.fori_loop(0, blocks.stop - blocks.start, load_block, step)
 
-    for_each_tile(plan, load_tile)
+    if plan.has_schedule:
+        row = inputs.schedule.at[lax.axis_index("cta")]
+        plgpu.copy_gmem_to_smem(row, scratch.schedule, scratch.schedule_full)
+    for_each_tile(plan, scratch, load_tile)
     if plan.interpret:  # which insists that somebody waits for every arrival
         plgpu.barrier_wait(scratch.q_free)
         for slot in range(stages):

@@ -4,9 +4,12 @@ Shared by `sm90_fwd_bf16` and `sm90_fwd_fp8`, whose texts explain the warps and 
 """
 
 import dataclasses
+import functools
+import heapq
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -17,6 +20,11 @@ from pallas_kernels.mosaic import (
     scratch_bytes,
     tile_transforms,
 )
+
+_L2_BYTES = 32 * 2**20  # of 50 MiB: K and V of one section; the rest is for Q and O
+_TILE_OVERHEAD = 1.5  # of a tile's start and end, in key blocks
+_MAX_ROUNDS = 200
+_TMA_INTS = 32  # TMA copies 128 bytes or more in one dimension
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,16 +67,38 @@ class Plan:
 
     @property
     def heads_per_section(self) -> int:
-        """(batch, head) pairs whose tiles are dealt out together.
-
-        Tiles of different lengths balance only when all heads' longest tiles go first. Equally
-        long ones balance anyway, and then few heads at a time keep their K and V in L2.
+        """(batch, head) pairs whose tiles are dealt out together: few, so that their K and V stay
+        in L2 while CTAs at other places of the same head read them.
         """
-        if self.spec.has_segments or (
-            self.spec.band.right is not None and self.spec.band.left is None
-        ):
-            return self.spec.batch_size * self.spec.num_heads
-        return self.spec.num_heads // self.spec.num_kv_heads
+        spec = self.spec
+        if not self.has_schedule:
+            # Dealt out in turns, tiles of unequal length balance only if all longest ones go first.
+            group = spec.num_heads // spec.num_kv_heads
+            return spec.batch_size * spec.num_heads if self.are_tiles_unequal else group
+        itemsize = 1 if spec.precision == "fp8" else 2
+        at_once = _L2_BYTES // (2 * itemsize * spec.key_length * spec.head_dim)
+        kv_heads = spec.batch_size * spec.num_kv_heads
+        fitting = [n for n in range(1, max(1, at_once) + 1) if kv_heads % n == 0]
+        return spec.num_heads // spec.num_kv_heads * fitting[-1]
+
+    @property
+    def are_tiles_unequal(self) -> bool:
+        """Whether some tiles see far more keys than others."""
+        band = self.spec.band
+        return self.spec.has_segments or (band.right is not None and band.left is None)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether it is worked out beforehand which CTA does which tile; not for very many tiles,
+        whose list would need much shared memory, and which balance anyway.
+        """
+        rounds = self.num_tiles / self.num_ctas
+        return self.are_tiles_unequal and 1 < rounds <= _MAX_ROUNDS
+
+    @property
+    def schedule_slots(self) -> int:
+        """Columns of `make_schedule`."""
+        return make_schedule(self).shape[1]
 
     @property
     def padded_query_length(self) -> int:
@@ -96,6 +126,8 @@ class Scratch(NamedTuple):
     q_free: Any  # compute -> producer: Q may be overwritten
     k_free: Any  # compute -> producer, one per stage
     v_free: Any  # compute -> producer, one per stage
+    schedule: Any  # [slots], int32: this CTA's row, or None
+    schedule_full: Any  # TMA -> all: the schedule has arrived; or None
     turn: Any  # compute -> compute, one per warpgroup: it may issue matrix products; or None
 
 
@@ -125,6 +157,8 @@ def scratch_types(plan: Plan) -> Scratch:
         q_free=plgpu.Barrier(num_arrivals=wgs),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        schedule=plgpu.SMEM((plan.schedule_slots,), jnp.int32) if plan.has_schedule else None,
+        schedule_full=plgpu.Barrier() if plan.has_schedule else None,
         turn=plgpu.Barrier(num_barriers=wgs) if config.ping_pong else None,
     )
 
@@ -143,8 +177,42 @@ class Inputs(NamedTuple):
     q_ids: Any  # [B, padded T], int32, or None
     kv_ids: Any  # [B, padded S], int32, or None
     block_ranges: Any  # [B, num_q_tiles, 4], int32, or None: see `BlockRange`
+    schedule: Any  # [num_ctas, slots], int32, or None: see `make_schedule`
     factor: Any = None  # [B, K], float32, FP8 only: c of `fp8`
     v_scale: Any = None  # [B, K], float32, FP8 only
+
+
+@functools.lru_cache(maxsize=64)
+def make_schedule(plan: Plan) -> np.ndarray:
+    """Returns for each CTA how many tiles it computes, and which, in order.
+
+    The tiles go, section by section and longest first, each to the CTA that is free first if a tile
+    takes as long as its key blocks and `_TILE_OVERHEAD` more: what a work queue would do. Dealing
+    them out in turns balances only if all heads form one section, and that overflows L2.
+
+    Returns:
+      `[num_ctas, slots]`, int32: the count, then indices of tiles; zeros up to a multiple of 32.
+    """
+    free_at = [(0.0, cta) for cta in range(plan.num_ctas)]
+    tiles: list[list[int]] = [[] for _ in free_at]
+    heads = plan.heads_per_section
+    for index in range(plan.num_tiles):
+        q_tile = plan.num_q_tiles - 1 - index % (heads * plan.num_q_tiles) // heads
+        last_key = (q_tile + 1) * plan.tile_q - 1 + (plan.spec.band.right or 0)
+        blocks = min(plan.num_kv_blocks, max(1, last_key // plan.config.block_kv + 1))
+        time, cta = heapq.heappop(free_at)
+        tiles[cta].append(index)
+        heapq.heappush(free_at, (time + blocks + _TILE_OVERHEAD, cta))
+    slots = -(-(1 + max(map(len, tiles))) // _TMA_INTS) * _TMA_INTS
+    schedule = np.zeros((plan.num_ctas, slots), np.int32)
+    for row, mine in zip(schedule, tiles, strict=True):
+        row[: 1 + len(mine)] = [len(mine), *mine]
+    return schedule
+
+
+def schedule_operand(plan: Plan) -> tuple[Array, ...]:
+    """Returns what a launch adds to its operands: the schedule, if there is one."""
+    return (jnp.asarray(make_schedule(plan)),) if plan.has_schedule else ()
 
 
 class Tile(NamedTuple):

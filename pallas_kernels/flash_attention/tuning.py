@@ -129,7 +129,7 @@ def backward_config(spec: AttentionSpec) -> BackwardConfig:
 
 def rejection(config: ForwardConfig, spec: AttentionSpec) -> str | None:
     """Returns why `config` cannot or should not run `spec`, or None."""
-    used = smem_bytes(Plan(spec=spec, config=config, sm_count=1))
+    used = smem_bytes(Plan(spec=spec, config=config, sm_count=132))
     if used > SM90_SMEM_BYTES_PER_BLOCK:
         return f"needs {used} bytes of shared memory of {SM90_SMEM_BYTES_PER_BLOCK}"
     live, spare = _registers(config, spec)
@@ -137,7 +137,7 @@ def rejection(config: ForwardConfig, spec: AttentionSpec) -> str | None:
         return f"needs about {live + spare} registers of {config.compute_registers}; would spill"
     separate = dataclasses.replace(config, reuse_q_smem=False)
     if config.reuse_q_smem:
-        used = smem_bytes(Plan(spec=spec, config=separate, sm_count=1))
+        used = smem_bytes(Plan(spec=spec, config=separate, sm_count=132))
         if used <= SM90_SMEM_BYTES_PER_BLOCK:
             return "there is room for the output beside Q"
     return None

@@ -173,6 +173,41 @@ def test_block_ranges_find_whole_blocks_and_empty_tiles():
     assert ranges[1, 1] - ranges[1, 0] == 1, "a tile that sees nothing runs one masked block"
 
 
+UNEQUAL = [
+    Case(name="2x8192", b=2, t=8192, s=8192, n=16, k=16, h=128, is_causal=True),
+    Case(name="gqa", b=2, t=8192, s=8192, n=32, k=8, h=128, is_causal=True),
+    Case(name="8x2048", b=8, t=2048, s=2048, n=16, k=16, h=128, is_causal=True),
+    Case(name="packed", b=3, t=1000, s=900, n=6, k=3, h=64, segments="packed"),
+]
+
+
+@pytest.mark.parametrize("case", UNEQUAL, ids=str)
+def test_schedule_deals_out_every_tile_once_and_evenly(case):
+    plan = sm90_fwd_plan.Plan(spec=spec_of(case), config=ForwardConfig(), sm_count=132)
+    assert plan.has_schedule
+    schedule = sm90_fwd_plan.make_schedule(plan)
+    rows = [row[1 : 1 + row[0]] for row in schedule]
+    assert sorted(np.concatenate(rows)) == list(range(case.b * case.n * -(-case.t // 128)))
+    assert schedule.shape[1] % 32 == 0
+    # By hand for a causal square: tile i of a head has i + 1 blocks of 128 keys, longest first.
+    heads = plan.heads_per_section
+    assert heads % (case.n // case.k) == 0
+    assert heads == case.n // case.k or heads // (case.n // case.k) * case.s * case.h * 4 <= 2**25
+    if case.is_causal:
+        q_tiles = case.t // 128
+        work = [sum(q_tiles - i % (heads * q_tiles) // heads + 1.5 for i in row) for row in rows]
+        assert max(work) <= 1.02 * sum(work) / len(work)
+
+
+def test_no_schedule_where_tiles_are_alike_or_too_many():
+    alike = Case(name="x", b=2, t=8192, s=8192, n=16, k=16, h=128)
+    many = Case(name="x", b=64, t=32768, s=32768, n=64, k=8, h=128, is_causal=True)
+    for case, heads in ((alike, 1), (many, 64 * 64)):
+        plan = sm90_fwd_plan.Plan(spec=spec_of(case), config=ForwardConfig(), sm_count=132)
+        assert not plan.has_schedule
+        assert plan.heads_per_section == heads
+
+
 def test_shared_memory_of_the_default_config_by_hand():
     case = Case(name="x", b=1, t=128, s=128, n=1, k=1, h=128)
     plan = sm90_fwd_plan.Plan(spec=spec_of(case), config=ForwardConfig(), sm_count=132)
