@@ -73,7 +73,6 @@ def candidates() -> list[RmsNormConfig]:
     return [
         RmsNormConfig(chunks=4, warpgroups=2, slots=5),
         RmsNormConfig(chunks=4, warpgroups=1, slots=10),
-        RmsNormConfig(chunks=2, warpgroups=2, slots=5),
         RmsNormConfig(chunks=1, warpgroups=2, slots=5),
     ]
 

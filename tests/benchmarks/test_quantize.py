@@ -41,7 +41,8 @@ def test_bytes_by_hand():
     assert quantize.Case("swiglu_gradient", 10, 10).bytes == 1000
 
 
-def test_tiny_run_writes_checked_rows(tmp_path):
+def test_tiny_run_writes_checked_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "_REPEATS", 1)
     path = tmp_path / "quantize.json"
     assert quantize.main(["--tiny", "--only", "swiglu", "--output", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]

@@ -79,7 +79,7 @@ def assert_same(run):
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
-@pytest.mark.parametrize("options", [{}, {"name": "current"}, {"calibration": "explicit"}], ids=str)
+@pytest.mark.parametrize("options", [{"name": "current"}, {"calibration": "explicit"}], ids=str)
 def test_value_gradients_and_observation_are_xlas(options):
     state = calibrated() if options.get("calibration") else jfp8.init_state(XLA)
 

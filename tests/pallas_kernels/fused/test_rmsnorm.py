@@ -128,7 +128,7 @@ def test_rejects():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", sm90_rmsnorm.candidates(), ids=str)
-@pytest.mark.parametrize("shape", [(256, 1024), (16384, 4096)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 1024), (4096, 4096)], ids=str)
 def test_gpu_kernel(shape, config):
     x, weight = inputs(*shape)
     plan = make_plan(x, eps=EPS, dtype=E4M3, config=config)

@@ -186,7 +186,7 @@ def test_config_rejects():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("input_dtype", SUPPORTED_DTYPES)
-@pytest.mark.parametrize("shape", [(256, 384), (16384, 4096), (4096, 14336)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 384), (2048, 6144)], ids=str)
 def test_gpu_kernel_is_exact(shape, input_dtype, dtype):
     x = matrix(*shape, input_dtype)
     result = quantize(x, SCALE, dtype=dtype, implementation="mosaic")
