@@ -306,7 +306,8 @@ def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     num_inputs = 5 + 3 * plan.spec.has_segments + plan.has_schedule
     q, k, v, factor, v_scale, *rest = refs[:num_inputs]
     schedule = rest.pop() if plan.has_schedule else None
-    inputs = Inputs(q, k, v, *(rest or (None, None, None)), schedule, factor, v_scale)
+    q_ids, kv_ids, ranges = rest or (None, None, None)
+    inputs = Inputs(q, k, v, q_ids, kv_ids, ranges, schedule, factor, v_scale)
     outputs = refs[num_inputs:]
     scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
     wg = lax.axis_index("wg")
