@@ -88,7 +88,7 @@ class Campaign:
             if not is_last and self._wait(self._phase_begun(run, phase, log), process):
                 time.sleep(delay)
                 process.send_signal(self.number)
-            code = process.wait(timeout=180)
+            code = process.wait(timeout=600)
         finally:
             process.kill()
         if code == 0:

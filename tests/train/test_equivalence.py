@@ -9,7 +9,7 @@ to 2**-8 relative, and the amax of a tensor depends on a few such roundings, one
 
 Loss. The mean over 512 tokens of numbers that each depend on those roundings. With E5M2 gradients
 (2**-3) and a first step of Adam, which moves every weight by the learning rate whatever the size of
-its gradient, the second step's loss differs by more than the first's, yet by less than 0.2 %.
+its gradient, the second step's loss differs by more than the first's, yet by less than 0.1 %.
 
 `python -m pytest -m campaign tests/train/test_equivalence.py` tries all 54 combinations and writes
 the differences to `benchmarks/results/`; here are three of them.
@@ -22,13 +22,11 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from saved_runs import quick_compilation
-from test_step import CONFIG, make_batch, replace
+from test_step import CONFIG, make_batch, replace, with_scales
 
-import jfp8
 from tests.jfp8.reference import MAX_VALUE
 from train.inspection import make_inspection, to_record
 from train.mesh import make_mesh
@@ -38,7 +36,7 @@ from train.step import abstract_batch, make_train_step
 
 BASE = replace(CONFIG, data={"batch_size": 32})
 EDGE = 2.0**-5
-LOSS_RTOL = (5e-4, 2e-3)  # of the first and the second step
+LOSS_RTOL = (5e-5, 1e-3)  # of the first and the second step; measured: 4e-6 and 1.5e-4
 MESHES = {
     "1": {"data": 1},
     "8": {"data": 8},
@@ -75,14 +73,8 @@ def variant(accumulation: int, remat: str, loop: str, mesh: str):
 def base_state() -> TrainState:
     """The initial state of stacked layers, with scales that fit its tensors."""
     mesh = make_mesh(BASE.mesh, jax.devices()[:1])
-    state = create_state(BASE, make_optimizer(BASE.optimizer, BASE.run.steps), mesh)
-
-    def set_scale(node):
-        exponents = np.broadcast_to([-7.0, -11.0, -24.0], node.scale.shape)
-        return node._replace(scale=jnp.asarray(2.0**exponents, jnp.float32))
-
-    is_state = lambda node: isinstance(node, jfp8.ScalingState)  # noqa: E731
-    return state._replace(scaling=jax.tree.map(set_scale, state.scaling, is_leaf=is_state))
+    optimizer = make_optimizer(BASE.optimizer, BASE.run.steps)
+    return with_scales(create_state(BASE, optimizer, mesh))
 
 
 def unstack(tree):

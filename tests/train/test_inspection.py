@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from run_cases import make_arguments, records
 from saved_runs import quick_compilation, saved_arrays
-from test_step import CONFIG, make_batch, replace
+from test_step import CONFIG, make_batch, replace, with_scales
 
 import jfp8
 from jfp8.diagnostics import QUANTITIES
@@ -39,14 +39,9 @@ def inspect(config, state, batch):
 def fresh_state(config):
     """An untrained state; delayed scales are set, so that no step needs to be compiled."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    state = create_state(config, make_optimizer(config.optimizer, config.run.steps), mesh)
-
-    def set_scale(node):
-        exponents = np.broadcast_to([-7.0, -11.0, -20.0], node.scale.shape)
-        return node._replace(scale=jnp.asarray(2.0**exponents, jnp.float32))
-
-    is_state = lambda node: isinstance(node, jfp8.ScalingState)  # noqa: E731
-    return state._replace(scaling=jax.tree.map(set_scale, state.scaling, is_leaf=is_state))
+    return with_scales(
+        create_state(config, make_optimizer(config.optimizer, config.run.steps), mesh)
+    )
 
 
 def layer(tree, path, index, loop):

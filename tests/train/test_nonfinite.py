@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from saved_runs import quick_compilation
-from test_step import CONFIG, assert_trees_equal, make_batch, replace
+from test_step import CONFIG, assert_trees_equal, make_batch, replace, with_scales
 
 from train import model as model_module
 from train.diagnosis import first_bad_tensor
@@ -87,23 +87,20 @@ def make_faulty_batch(config, seed, fault):
 def test_faults_at_random_steps(recipe, faulty_model):
     config = replace(CONFIG, model={"layer_loop": "unroll"}, fp8={"recipe": recipe})
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    steps = {
-        calibrating: jax.jit(make_train_step(config, optimizer, calibrating=calibrating))
-        for calibrating in (True, False)
-    }
-    start = create_state(config, optimizer, make_mesh(config.mesh, jax.devices()[:1]))
+    step = jax.jit(make_train_step(config, optimizer, calibrating=False))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    start = with_scales(create_state(config, optimizer, mesh))
     random = np.random.default_rng(3)
     plan = [None] * STEPS
-    for step in random.choice(STEPS, 9, replace=False):
-        plan[step] = list(FAULTS)[random.integers(3)]
+    for number in random.choice(STEPS, 9, replace=False):
+        plan[number] = list(FAULTS)[random.integers(3)]
     assert set(plan) == {None, *FAULTS}
 
     def train(faults):
         state, skipped = start, 0
         for seed, fault in faults:
-            is_first = recipe == "delayed" and int(state.applied_steps) == 0
             before = state
-            state, metrics = steps[is_first](state, make_faulty_batch(config, seed, fault))
+            state, metrics = step(state, make_faulty_batch(config, seed, fault))
             skipped += fault is not None
             assert int(metrics["skipped_steps"]) == skipped
             consecutive = int(before.consecutive_skips) + 1 if fault else 0

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def start(arguments, xla_cache) -> subprocess.Popen:
 
 def finish(process) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -110,14 +111,17 @@ def test_comparison_interrupted_and_finished(configs, tmp_path, text, xla_cache)
     assert "--optimizer.learning-rate: was 0.002, now 0.1" in err
 
 
-def test_deadline_stops_and_saves(configs, tmp_path, text, xla_cache):
+def test_deadline_stops_in_time(configs, tmp_path, text, xla_cache):
     output = tmp_path / "parity"
-    slow = ("--run.steps", "100000", "--deadline-s", "25", "--save-s", "8")
+    slow = ("--run.steps", "100000", "--deadline-s", "8", "--save-s", "4")
     arguments = [*command(configs, output, text), *slow]
+    begin = time.monotonic()
     code, out, err = finish(start(arguments, xla_cache))
     assert (code, err) == (3, "")
+    # Twice as long, for a loaded machine that takes its time to import.
+    assert time.monotonic() - begin < 60
     assert "bf16: asked to save and stop\n" in out
-    assert "its state is saved; run the same command to go on\n" in out
+    assert "run the same command to go on\n" in out
     assert "arm 2 of 3, delayed: not started; run the same command to go on\n" in out
     assert json.loads((output / "parity.json").read_text())["verdict"] == "incomplete"
 
