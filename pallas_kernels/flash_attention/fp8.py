@@ -228,10 +228,12 @@ def quantize_gradients(
     top = jnp.where(top == -jnp.inf, 0.0, top)
     dout_scale = scale_of(_over_group(row_amax, spec), largest)
     dv_scale = scale_of(_over_group(row_amax * jnp.exp2(-spread), spec), largest)
-    dout_8 = to_8_bits(wide, rows_of(dout_scale, dout), dtype, largest)
+    scaled = wide / rows_of(dout_scale, dout)
     # From what the kernel multiplies, not from dout: where one key has all the weight, dO . v - D
-    # is then 0, and not the rounding error of dO.
-    products = (dout_8.astype(_F32) * out.astype(_F32)).sum(axis=3).transpose(0, 2, 1)
+    # is then 0, and not the rounding error of dO. A conversion to 8 bits and back would not do: XLA
+    # may drop it. (Below the smallest normal number this keeps more bits than 8 have.)
+    rounded = lax.reduce_precision(scaled, 8, jnp.finfo(dtype).nmant)
+    products = (rounded * out.astype(_F32)).sum(axis=3).transpose(0, 2, 1)
     delta = products * to_heads(dout_scale) - dlse
     rows = lambda x: x.transpose(0, 2, 1)[..., None]  # noqa: E731
     q_factor = jnp.exp2(shift - to_heads(top))
@@ -240,7 +242,7 @@ def quantize_gradients(
     )
     factor = logits_scale(spec) * 2.0**-P_BITS
     return Gradients(
-        dout=dout_8,
+        dout=to_8_bits(scaled, 1.0, dtype, largest),
         dout_rows=to_8_bits(
             wide * rows(jnp.exp2(-spread)), rows_of(dv_scale, dout), dtype, largest
         ),

@@ -15,7 +15,6 @@ from jax import Array, lax
 from pallas_kernels.flash_attention.config import AttentionSpec
 from pallas_kernels.flash_attention.fp8 import (
     BLOCK_KV,
-    E4M3_MAX,
     MAX_RISE,
     P_BITS,
     Gradients,
@@ -40,6 +39,7 @@ def fp8_forward(
     spec: AttentionSpec,
 ) -> tuple[Array, Statistics]:
     """Implements `fp8.Kernels.fp8_forward`."""
+    inputs = _sealed(inputs)
     factor = exponent_factor(inputs, spec)[:, :, None, None, None]
     padding = -spec.key_length % BLOCK_KV
     v = _heads_first(_pad(inputs.v, padding)).astype(_F32)
@@ -57,7 +57,7 @@ def fp8_forward(
         p = jnp.exp2(x - finite[..., None] + P_BITS)
         weight = jnp.where(is_empty, 0.0, jnp.exp2(reference - jnp.where(is_empty, 0.0, total)))
         row_sum = (p.sum(axis=-1) * weight).sum(axis=-1)
-        p = to_8_bits(p, 1.0).astype(_F32) * weight[..., None]
+        p = _sealed(to_8_bits(p, 1.0)).astype(_F32) * weight[..., None]
         p = p.reshape(*p.shape[:4], -1)
         safe_sum = jnp.where(is_empty[..., 0], 1.0, row_sum)
         out = _dot("bkgts,bksh->bkgth", p, v) / safe_sum[..., None]
@@ -77,6 +77,7 @@ def fp8_backward(
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
     """Implements `fp8.Kernels.fp8_backward`."""
+    inputs, gradients = _sealed((inputs, gradients))
     factor = exponent_factor(inputs, spec)[:, :, None, None, None]
     k, v = (_heads_first(x).astype(_F32) for x in (inputs.k, inputs.v))
     rows = [x.transpose(0, 2, 1) for x in (gradients.offset, gradients.slope, gradients.delta)]
@@ -90,7 +91,7 @@ def fp8_backward(
         ds = p * (_dot("bkgth,bksh->bkgts", dout, v) * slope - delta)
         # What is masked stays 0 even where the gradient is not finite.
         ds = jnp.where(x == -jnp.inf, 0.0, ds)
-        p, ds = (to_8_bits(x, 1.0, largest=E4M3_MAX).astype(_F32) for x in (p, ds))
+        p, ds = (_sealed(to_8_bits(x, 1.0)).astype(_F32) for x in (p, ds))
         dq = _dot("bkgts,bksh->bkgth", ds, k)
         dk = _dot("bkgts,bkgth->bksh", ds, q_rows)
         return _heads_last(dq), dk, _dot("bkgts,bkgth->bksh", p, dout_rows)
@@ -190,6 +191,13 @@ def _over_chunks(
         return x.reshape(x.shape[0], count * size, *x.shape[3:])[:, : spec.query_length]
 
     return *(join(x) for x in parts), *sums
+
+
+def _sealed(x: Any) -> Any:
+    """Keeps XLA from dropping a rounding to 8 bits that is undone at once, as it may by default
+    (`xla_allow_excess_precision`): then it would compute in float32.
+    """
+    return lax.optimization_barrier(x)
 
 
 def _dot(equation: str, lhs: Array, rhs: Array) -> Array:

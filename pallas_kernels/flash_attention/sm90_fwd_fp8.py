@@ -42,6 +42,7 @@ from pallas_kernels.flash_attention.fp8 import E4M3, MAX_RISE, P_BITS, Statistic
 from pallas_kernels.flash_attention.sm90_fwd_loop import (
     NEG_INF,
     Loop,
+    for_each_block,
     for_each_tile,
     mask,
     pass_turn,
@@ -67,6 +68,8 @@ from pallas_kernels.mosaic import (
     PER_ROW,
     ROWS,
     accumulator_as_8_bit_operand,
+    partial_row_sums,
+    total_row_sums,
 )
 
 _MAX_PROMOTED_HEAD_DIM = 128
@@ -81,7 +84,7 @@ class _State(NamedTuple):
     out: Array  # [ROWS, H], float32: sum of P V, relative to r
     reference: Array  # [ROWS]: r - P_BITS of the last block
     top: Array  # [ROWS]: u
-    row_sum: Array  # [ROWS]: l, relative to r
+    row_sum: Array  # [ROWS]: l, relative to r, each thread's part
 
 
 def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scratch) -> None:
@@ -132,8 +135,7 @@ def _attend(loop: Loop, factor: Array) -> _State:
         row_constant(0.0, jnp.float32),
     )
     if not plan.config.ping_pong:
-        step = functools.partial(_block, loop, factor)
-        state = lax.fori_loop(0, loop.num_blocks, step, state)
+        state = for_each_block(loop, functools.partial(_block, loop, factor), state, first=0)
         plgpu.barrier_arrive(loop.scratch.q_free)
         return state
     first = jnp.int32(0)
@@ -144,12 +146,12 @@ def _attend(loop: Loop, factor: Array) -> _State:
     state, logits = lax.fori_loop(0, loop.num_blocks - 1, step, (state, logits))
     plgpu.barrier_arrive(loop.scratch.q_free)
     last = loop.num_blocks - 1
-    p, decay, state = _softmax(loop, factor, last, logits, state)
+    p, decay, state = _softmax(loop, factor, last, mask(loop, last, logits), state)
     plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(last)])
     return state._replace(out=_add_pv(loop, last, p, decay, state.out))
 
 
-def _block(loop: Loop, factor: Array, j: Array, state: _State) -> _State:
+def _block(loop: Loop, factor: Array, may_be_masked: bool, j: Array, state: _State) -> _State:
     """Adds block j."""
     plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
 
@@ -158,6 +160,7 @@ def _block(loop: Loop, factor: Array, j: Array, state: _State) -> _State:
         return acc[...]
 
     logits = pl.run_scoped(product, _logits_type(loop.plan))
+    logits = mask(loop, j, logits) if may_be_masked else logits
     p, decay, state = _softmax(loop, factor, j, logits, state)
     # This wait also keeps ptxas from mixing the softmax with what follows, and spilling.
     plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(j)])
@@ -181,7 +184,7 @@ def _block_in_turn(
     """Adds block j, whose logits are given, and computes those of block j + 1."""
     plan, scratch = loop.plan, loop.scratch
     state, logits = carry
-    p, decay, state = _softmax(loop, factor, j, logits, state)
+    p, decay, state = _softmax(loop, factor, j, mask(loop, j, logits), state)
     plgpu.barrier_wait(scratch.v_full.at[loop.stage(j)])
     plgpu.barrier_wait(scratch.k_full.at[loop.stage(j + 1)])
     take_turn(plan, scratch)
@@ -254,8 +257,7 @@ def _add_pv(loop: Loop, j: Array, p: Array, decay: Array, out: Array) -> Array:
 def _softmax(
     loop: Loop, factor: Array, j: Array, logits: Array, state: _State
 ) -> tuple[Array, Array, _State]:
-    """Returns P of block j in 8 bits, d, and the state but for O."""
-    logits = mask(loop, j, logits)
+    """Returns P of block j's masked logits in 8 bits, d, and the state but for O."""
     # The products have read the block's keys, the mask its segment ids.
     plgpu.barrier_arrive(loop.scratch.k_free.at[loop.stage(j)])
     local = logits.max(axis=1) * factor
@@ -265,7 +267,7 @@ def _softmax(
     reference = jnp.maximum(reference, _LOWEST)
     decay = jnp.exp2(state.reference - reference)
     p = jnp.exp2(logits * factor - spread_rows(reference, logits.shape))
-    row_sum = state.row_sum * decay + p.sum(axis=1)
+    row_sum = state.row_sum * decay + partial_row_sums(p, interpret=loop.plan.interpret)
     operand = accumulator_as_8_bit_operand(p, E4M3, interpret=loop.plan.interpret)
     # Converted before the product starts: its registers must not change while it runs.
     operand, reference, top, row_sum, decay = pin(
@@ -285,8 +287,9 @@ def _store(
     """Normalises O, writes it through shared memory, and the statistics directly."""
     out_gmem, lse2_gmem, top_gmem = outputs
     wg = lax.axis_index("wg")
-    is_empty = state.row_sum == 0.0
-    row_sum = jnp.where(is_empty, 1.0, state.row_sum)
+    row_sum = total_row_sums(state.row_sum, interpret=plan.interpret)
+    is_empty = row_sum == 0.0
+    row_sum = jnp.where(is_empty, 1.0, row_sum)
     lse2 = jnp.where(is_empty, NEG_INF, state.reference + jnp.log2(row_sum))
     queries = pl.ds(tile.q_tile * plan.tile_q + wg * ROWS, ROWS)
     lse2_gmem.at[tile.batch, tile.head, queries][...] = lse2

@@ -89,7 +89,9 @@ def compile_cases():
     }
     for head_dim, mask in tuning.tuned_forward_configs("fp8"):
         yield Case(name=f"{head_dim}_{mask}", b=2, t=8192, s=8192, h=head_dim, **masks[mask])
-    yield Case(name="ragged", b=2, t=4001, s=4001, h=128, is_causal=True)
+    yield Case(name="ragged", b=2, t=4001, s=4001, h=128)
+    yield Case(name="ragged_causal", b=2, t=4001, s=4001, h=128, is_causal=True)
+    yield Case(name="ragged_window", b=2, t=4001, s=4001, h=128, window=(512, 100))
     yield Case(name="window_256", b=2, t=4096, s=4096, h=256, window=(512, 100))
 
 
