@@ -28,7 +28,6 @@ MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
 # Stands in for the installed version when lowering without a GPU.
 _ASSUMED_CUDNN_VERSION = 91000
-_NO_KEY_LSE = 1e30
 
 Attention = Callable[[Array, Array, Array], tuple[Array, Array]]
 
@@ -196,27 +195,6 @@ def _attend_bwd(spec, residuals, gradients):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_segment_ids: Array | None,
-    kv_segment_ids: Array | None,
-    out: Array,
-    lse: Array,
-    dout: Array,
-    spec: AttentionSpec,
-) -> tuple[Array, Array, Array]:
-    """The gradients alone, for a forward that somebody else computed; lse is `[B, T, N]`."""
-    bias = None
-    if q_segment_ids is not None and kv_segment_ids is not None:
-        bias, _ = _segment_bias(q_segment_ids, kv_segment_ids, spec)
-    # Makes the probabilities of a query that sees no key 0.
-    lse = jnp.where(lse == -jnp.inf, _NO_KEY_LSE, lse).transpose(0, 2, 1)
-    gradients: Any = _attend_bwd(spec, (q, k, v, bias, out, lse), (dout, None))
-    return gradients[:3]
 
 
 def _operands(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, ...]:

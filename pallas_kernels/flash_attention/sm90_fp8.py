@@ -14,7 +14,6 @@ from jax import Array
 
 from pallas_kernels import hardware
 from pallas_kernels.flash_attention import (
-    cudnn,
     fp8,
     sm90,
     sm90_bwd_fp8,
@@ -277,15 +276,7 @@ def bf16_backward(
     gradients: tuple[Array, Array],
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8.Kernels.bf16_backward`, by cuDNN."""
-    spec = dataclasses.replace(spec, precision="bf16")
-    reason = cudnn.unsupported_reason(spec)
-    if spec.return_lse:
-        reason = "cuDNN has no gradient of the log-sum-exp"
-    if reason is not None:
-        raise NotImplementedError(
-            f"backward='bf16' of precision='fp8' cannot run: {reason}, or pass"
-            " fp8_options=Fp8Options(backward='fp8')"
-        )
-    out, lse = outputs
-    return cudnn.backward(q, k, v, q_segment_ids, kv_segment_ids, out, lse, gradients[0], spec)
+    """Implements `fp8.Kernels.bf16_backward`."""
+    spec = dataclasses.replace(spec, precision="bf16", deterministic=spec.fp8.deterministic)
+    ids = q_segment_ids, kv_segment_ids
+    return sm90.backward(q, k, v, *ids, *outputs, *gradients, spec)

@@ -86,7 +86,11 @@ def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
     assert not report.serialised_wgmmas, report.text
 
 
-@pytest.mark.parametrize("options", [{}, dict(gradient_format="e5m2", transpose="mosaic")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(gradient_format="e5m2", transpose="mosaic"), dict(backward="bf16")],
+    ids=str,
+)
 def test_the_whole_gradient_lowers_for_cuda(options):
     case = Case(name="x", b=2, t=4001, s=4001, n=8, k=2, h=128, is_causal=True)
 
@@ -105,7 +109,7 @@ def test_the_whole_gradient_lowers_for_cuda(options):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arguments(case))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     # Forward and backward; V, K, Q and dO transposed.
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == (6 if options else 2)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == (6 if "transpose" in options else 2)
 
 
 def test_query_blocks_of_a_causal_mask_and_a_window_by_hand():
