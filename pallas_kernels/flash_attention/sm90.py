@@ -12,11 +12,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from pallas_kernels import hardware
 from pallas_kernels.flash_attention import (
+    partition,
     sm90_bwd_bf16,
     sm90_bwd_plan,
     sm90_fwd_bf16,
@@ -68,8 +68,9 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(q, k, v, q_segment_ids, kv_segment_ids, spec):
-    out, lse = forward(q, k, v, q_segment_ids, kv_segment_ids, spec)
-    return out, lse[:, :, : spec.query_length].transpose(0, 2, 1)
+    arrays, layouts = [q, k, v], ["btnh", "bskh", "bskh"]
+    _append_ids(arrays, layouts, q_segment_ids, kv_segment_ids)
+    return partition.call(_forward, layouts, ("btnh", "btn"), arrays, spec)
 
 
 def _attention_fwd(q, k, v, q_segment_ids, kv_segment_ids, spec):
@@ -79,12 +80,41 @@ def _attention_fwd(q, k, v, q_segment_ids, kv_segment_ids, spec):
 
 def _attention_bwd(spec, residuals, gradients):
     q, k, v, q_segment_ids, kv_segment_ids, out, lse = residuals
-    dout, dlse = gradients
-    dq, dk, dv = backward(q, k, v, q_segment_ids, kv_segment_ids, out, lse, dout, dlse, spec)
-    return dq, dk, dv, None, None
+    arrays = [q, k, v, out, lse, *gradients]
+    layouts = ["btnh", "bskh", "bskh", "btnh", "btn", "btnh", "btn"]
+    _append_ids(arrays, layouts, q_segment_ids, kv_segment_ids)
+    results = partition.call(_backward, layouts, ("btnh", "bskh", "bskh"), arrays, spec)
+    return *results, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _append_ids(
+    arrays: list[Array],
+    layouts: list[str],
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+) -> None:
+    """Appends the segment ids, if there are any, to the arguments of a partitioned call."""
+    if q_segment_ids is not None and kv_segment_ids is not None:
+        arrays += [q_segment_ids, kv_segment_ids]
+        layouts += ["bt", "bs"]
+
+
+def _forward(q, k, v, *ids_and_spec):
+    """Computes out and lse `[B, T, N]` of one device."""
+    *ids, spec = ids_and_spec
+    q_ids, kv_ids = ids or (None, None)
+    out, lse = forward(q, k, v, q_ids, kv_ids, spec)
+    return out, lse[:, :, : spec.query_length].transpose(0, 2, 1)
+
+
+def _backward(q, k, v, out, lse, dout, dlse, *ids_and_spec):
+    """Computes dq, dk and dv of one device."""
+    *ids, spec = ids_and_spec
+    q_ids, kv_ids = ids or (None, None)
+    return backward(q, k, v, q_ids, kv_ids, out, lse, dout, dlse, spec)
 
 
 def forward(
@@ -273,12 +303,12 @@ def block_ranges(q_ids: Array, kv_ids: Array, spec: AttentionSpec) -> Array:
 
 def _band_of_blocks(
     q_shape: tuple[int, ...], kv_shape: tuple[int, ...], spec: AttentionSpec
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Array, Array]:
     """Returns for each pair of tile and block whether some pair, and whether every pair, is
     visible.
     """
-    first_q = np.arange(q_shape[1])[:, None] * q_shape[2]
-    first_k = np.arange(kv_shape[1])[None, :] * kv_shape[2]
+    first_q = jnp.arange(q_shape[1], dtype=jnp.int32)[:, None] * q_shape[2]
+    first_k = jnp.arange(kv_shape[1], dtype=jnp.int32)[None, :] * kv_shape[2]
     last_q, last_k = first_q + q_shape[2] - 1, first_k + kv_shape[2] - 1
     left = spec.band.left if spec.band.left is not None else spec.query_length
     right = spec.band.right if spec.band.right is not None else spec.key_length
