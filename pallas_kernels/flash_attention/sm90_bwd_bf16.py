@@ -357,11 +357,12 @@ def _mask(loop: Loop, step: Array, s: Array) -> Array:
         last = _row_constant(plan.config.block_q - 1)
         if spec.band.left is not None:
             last = key + (spec.band.left - first_query)
-        if is_ragged:
+        if is_ragged or spec.band.is_full:
             last = jnp.where(key < spec.key_length, last, -1)
-        first = _row_constant(0)
+        first = None
         if spec.band.right is not None:
             first = key - (spec.band.right + first_query)
+        # Called even where it keeps all: Mosaic finds the layout of what follows through it.
         seen = keep_columns(s, first, last, interpret=plan.interpret)
         if loop.kv_ids is None:
             return seen
