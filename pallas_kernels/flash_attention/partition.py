@@ -73,7 +73,8 @@ def _partitioned(
             dataclasses.replace(spec, batch_size=batch, num_heads=heads, num_kv_heads=kv_heads),
         )
 
-    run = custom_partitioning(local)
+    # jit keeps the constants of a kernel's trace inside; the partitioner accepts none.
+    run = custom_partitioning(jax.jit(local))
 
     def partition(mesh: Any, shapes: Any, result_shapes: Any) -> Any:
         del result_shapes
