@@ -98,11 +98,13 @@ def _config(shape: Shape, task: dict[str, Any]) -> tuple[Any, Any, str]:
         return_lse=False,
         precision="bf16",
     )
-    shipped = tuning.forward_config(spec)
+    is_forward = task["direction"] == "forward"
+    shipped = tuning.forward_config(spec) if is_forward else tuning.backward_config(spec)
     if task["candidate"] is None:
         config = shipped
     else:
-        accepted = [c for c, reason in tuning.forward_candidates(spec) if reason is None]
+        candidates = tuning.forward_candidates if is_forward else tuning.backward_candidates
+        accepted = [c for c, reason in candidates(spec) if reason is None]
         others = [c for c in accepted if c != shipped]
         index = task["candidate"]
         config = others[index] if index < len(others) else None
@@ -120,14 +122,24 @@ def _time_shape(shape: Shape, spec: Any, config: Any, name: str, task: dict[str,
     from pallas_kernels import flash_attention
     from pallas_kernels.flash_attention import sm90
 
-    q, k, v, _ = inputs(shape)
-    ours = jax.jit(lambda q, k, v: sm90.forward(q, k, v, None, None, spec, config=config)[0])
+    q, k, v, dout = inputs(shape)
+    backward = task["direction"] == "backward"
     cudnn = jax.jit(functools.partial(flash_attention, implementation="cudnn", **options_of(shape)))
-    contenders = {name: ours, "cudnn": cudnn}
+    peers = {"cudnn": cudnn}
     if task["candidate"] is None and shape.left is None:
-        contenders |= _tokamax(shape)
-    difference = float(abs(ours(q, k, v).astype("float32") - cudnn(q, k, v)).max())
-    calls = {key: functools.partial(f, q, k, v) for key, f in contenders.items()}
+        peers |= _tokamax(shape)
+    if backward:
+        calls = _our_backwards(q, k, v, dout, spec, config, name)
+        for key, f in peers.items():
+            # The residuals travel in the pullback, so that its call runs the backward alone.
+            calls[key] = functools.partial(
+                jax.jit(lambda pullback, dout: pullback(dout)), jax.vjp(f, q, k, v)[1], dout
+            )
+    else:
+        ours = jax.jit(lambda q, k, v: sm90.forward(q, k, v, None, None, spec, config=config)[0])
+        calls = {key: functools.partial(f, q, k, v) for key, f in {name: ours, **peers}.items()}
+    results = zip(*(jax.tree.leaves(calls[key]()) for key in (name, "cudnn")), strict=True)
+    difference = max(float(abs(x.astype("float32") - y).max()) for x, y in results)
     medians = time_interleaved(calls, jax.block_until_ready)
     for contender, median_ms in medians.items():
         emit(
@@ -141,6 +153,26 @@ def _time_shape(shape: Shape, spec: Any, config: Any, name: str, task: dict[str,
             note=f"off cuDNN by {difference:.1e}" if contender == name else "",
             device=jax.devices()[0].device_kind,
         )
+
+
+def _our_backwards(
+    q: Any, k: Any, v: Any, dout: Any, spec: Any, config: Any, name: str
+) -> dict[str, Callable[..., Any]]:
+    """Returns the backward kernel in both orders of addition, each as a call without arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.flash_attention import sm90
+
+    out, lse = jax.jit(lambda q, k, v: sm90.attention(q, k, v, None, None, spec))(q, k, v)
+    dlse = jnp.zeros_like(lse)
+    calls = {}
+    for label, deterministic in ((name, True), (f"{name} any order", False)):
+        ordered = dataclasses.replace(spec, deterministic=deterministic)
+        run = functools.partial(sm90.backward, spec=ordered, config=config)
+        call = jax.jit(lambda *arrays, run=run: run(*arrays[:3], None, None, *arrays[3:]))
+        calls[label] = functools.partial(call, q, k, v, out, lse, dout, dlse)
+    return calls
 
 
 def _tokamax(shape: Shape) -> dict[str, Callable[..., Any]]:
@@ -202,7 +234,7 @@ def run_checks(task: dict[str, Any]) -> None:
     """Compares the Mosaic kernel with the float32 oracle, feature by feature."""
     for check in _CHECKS:
         try:
-            _check_forward(check)
+            (_check_forward if task["direction"] == "forward" else _check_backward)(check)
         except Exception as error:  # reported as a failed check; the next one still runs
             emit(
                 kind="check",
@@ -220,24 +252,8 @@ def _check_forward(check: _Check) -> None:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import flash_attention
-
     q, k, v = _check_inputs(check)
-    ids = {}
-    if check.documents:
-        numbers = np.arange(max(check.t, check.s)) // 150
-        q_ids = np.where(np.arange(check.t) > check.t - 50, 999, numbers[: check.t])
-        ids = dict(
-            q_segment_ids=jnp.asarray(np.tile(q_ids, (check.b, 1)), jnp.int32),
-            kv_segment_ids=jnp.asarray(np.tile(numbers[: check.s], (check.b, 1)), jnp.int32),
-        )
-    call = functools.partial(
-        flash_attention,
-        is_causal=check.is_causal,
-        local_window_size=check.window,
-        return_lse=True,
-        **ids,
-    )
+    call = _check_call(check)
     ours = jax.jit(functools.partial(call, implementation="mosaic"))
     reference = jax.jit(functools.partial(call, implementation="xla"))
     out, lse = (np.asarray(x, np.float32) for x in ours(q, k, v))
@@ -256,6 +272,57 @@ def _check_forward(check: _Check) -> None:
         off = np.where(lse == oracle_lse, 0.0, np.abs(lse - oracle_lse))
     _verdict(check, "lse", off.max(), 1e-4 * max(1.0, np.abs(oracle_lse[oracle_lse > -1e9]).max()))
     _verdict(check, "repeat", np.abs(out - np.asarray(again, np.float32)).max(), 0.0)
+
+
+def _check_call(check: _Check) -> Callable[..., Any]:
+    """Returns flash_attention with the options of a check."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import flash_attention
+
+    ids = {}
+    if check.documents:
+        numbers = np.arange(max(check.t, check.s)) // 150
+        q_ids = np.where(np.arange(check.t) > check.t - 50, 999, numbers[: check.t])
+        ids = dict(
+            q_segment_ids=jnp.asarray(np.tile(q_ids, (check.b, 1)), jnp.int32),
+            kv_segment_ids=jnp.asarray(np.tile(numbers[: check.s], (check.b, 1)), jnp.int32),
+        )
+    return functools.partial(
+        flash_attention,
+        is_causal=check.is_causal,
+        local_window_size=check.window,
+        return_lse=True,
+        **ids,
+    )
+
+
+def _check_backward(check: _Check) -> None:
+    """Checks dq, dk and dv, for gradients of both results; the bounds are those of the forward."""
+    import jax
+    import jax.numpy as jnp
+
+    q, k, v = _check_inputs(check)
+    keys = jax.random.split(jax.random.key(2), 2)
+    dout = jax.random.normal(keys[0], q.shape, q.dtype)
+    dlse = jax.random.normal(keys[1], q.shape[:3], jnp.float32)
+
+    def gradients(implementation: str, *arrays: Any) -> list[Any]:
+        call = functools.partial(_check_call(check), implementation=implementation)
+
+        @jax.jit
+        def run(q: Any, k: Any, v: Any) -> Any:
+            return jax.vjp(call, q, k, v)[1]((dout.astype(q.dtype), dlse))
+
+        return [np.asarray(x, np.float32) for x in run(*arrays)]
+
+    ours, again = gradients("mosaic", q, k, v), gradients("mosaic", q, k, v)
+    twin = gradients("xla", q, k, v)
+    oracle = gradients("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for what, x, y, z, w in zip(("dq", "dk", "dv"), ours, again, twin, oracle, strict=True):
+        bound = 2 * np.abs(z - w).max() + 2.0**-9 * np.abs(w).max()
+        _verdict(check, what, np.abs(x - w).max(), bound, "backward")
+        _verdict(check, f"repeat {what}", np.abs(x - y).max(), 0.0, "backward")
 
 
 def _check_inputs(check: _Check) -> list[Any]:
@@ -278,11 +345,13 @@ def _check_inputs(check: _Check) -> list[Any]:
     return [q, k, v]
 
 
-def _verdict(check: _Check, what: str, error: float, bound: float) -> None:
+def _verdict(
+    check: _Check, what: str, error: float, bound: float, direction: str = "forward"
+) -> None:
     """Prints the row of one comparison."""
     emit(
         kind="check",
-        direction="forward",
+        direction=direction,
         case=check.name,
         what=what,
         error=float(error),

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 
+from pallas_kernels.flash_attention import sm90_bwd_plan
 from pallas_kernels.flash_attention.config import (
     AttentionSpec,
     BackwardConfig,
@@ -128,6 +129,30 @@ def backward_config(spec: AttentionSpec) -> BackwardConfig:
     """Returns the backward config for `spec`; masks by segment ids use that of a window."""
     kind = "window" if spec.has_segments else mask_kind(spec)
     return tuned_backward_configs()[(spec.head_dim, kind)]
+
+
+def backward_candidates(spec: AttentionSpec) -> list[tuple[BackwardConfig, str | None]]:
+    """Returns configs worth timing for `spec`, each with the reason why it is rejected, or None."""
+    candidates = []
+    for overlap, q_stages, do_stages, heads in itertools.product(
+        (True, False), (2, 3), (2, 1), (0, 4)
+    ):
+        config = BackwardConfig(
+            block_q=128 if spec.head_dim == 64 else 64,
+            num_q_stages=q_stages,
+            num_do_stages=do_stages,
+            overlap=overlap,
+            split_channels=spec.head_dim == 256,
+            heads_per_section=heads,
+        )
+        plan = sm90_bwd_plan.Plan(spec=spec, config=config, sm_count=1)
+        used, reason = sm90_bwd_plan.smem_bytes(plan), None
+        if used > SM90_SMEM_BYTES_PER_BLOCK:
+            reason = f"needs {used} bytes of shared memory of {SM90_SMEM_BYTES_PER_BLOCK}"
+        elif config.split_channels and overlap:
+            reason = "split_channels has no overlap within a warpgroup"
+        candidates.append((config, reason))
+    return candidates
 
 
 def rejection(config: ForwardConfig, spec: AttentionSpec) -> str | None:

@@ -245,3 +245,11 @@ def test_shared_memory_of_the_default_config_by_hand():
 def test_config_rejects(options, message):
     with pytest.raises(ValueError, match=message):
         BackwardConfig(**options)
+
+
+@pytest.mark.parametrize("h", [64, 128, 256])
+def test_every_candidate_is_accepted_or_has_a_reason(h):
+    spec = spec_of(Case(name="x", b=2, t=8192, s=8192, n=16, k=16, h=h))
+    candidates = tuning.backward_candidates(spec)
+    assert any(reason is None for _, reason in candidates)
+    assert all(reason is None or len(reason) > 10 for _, reason in candidates)
