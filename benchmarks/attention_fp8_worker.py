@@ -19,11 +19,10 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_binding
 
 from benchmarks.attention import Shape
-from benchmarks.attention_worker import emit, inputs, options_of, time_interleaved
+from benchmarks.attention_worker import emit, inputs, options_of, spec_of, time_interleaved
 from pallas_kernels import Fp8Options, flash_attention
 from pallas_kernels.flash_attention import fp8, sm90_bwd_fp8, sm90_fp8, sm90_fwd_fp8, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec
-from pallas_kernels.flash_attention.masks import make_band
 
 Call = Callable[..., Any]
 _CHECKS = {
@@ -38,26 +37,6 @@ _CHECKS = {
     "documents d64": dict(documents=True, h=64),
     "short": dict(t=40),
 }
-
-
-def spec_of(shape: Shape, *, has_segments: bool = False, **fp8_options: Any) -> AttentionSpec:
-    """What a shape computes."""
-    options = options_of(shape)
-    return AttentionSpec(
-        batch_size=shape.b,
-        query_length=shape.t,
-        key_length=shape.t,
-        num_heads=shape.n,
-        num_kv_heads=shape.k,
-        head_dim=shape.h,
-        dtype="bfloat16",
-        band=make_band(options["is_causal"], options["local_window_size"], shape.t, shape.t),
-        has_segments=has_segments,
-        softmax_scale=shape.h**-0.5,
-        return_lse=False,
-        precision="fp8",
-        fp8=Fp8Options(**fp8_options),
-    )
 
 
 def relative(got: Any, want: Any) -> float:
@@ -301,7 +280,7 @@ def _emit_failure(shape: Shape, task: dict[str, Any], contender: str, error: Exc
 def _contenders(shape: Shape, task: dict[str, Any]) -> dict[str, Call]:
     """Calls to be timed: the kernel, the whole, cuDNN in bf16 and FP8."""
     q, k, v, dout = arrays = inputs(shape)
-    spec = spec_of(shape)
+    spec = spec_of(shape, precision="fp8")
     whole = functools.partial(
         flash_attention, precision="fp8", implementation="mosaic", **options_of(shape)
     )

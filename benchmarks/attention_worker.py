@@ -77,9 +77,8 @@ def run_timing(task: dict[str, Any]) -> None:
             )
 
 
-def _config(shape: Shape, task: dict[str, Any]) -> tuple[Any, Any, str]:
-    """Returns the spec of a shape, and the config of this task with its name, or None."""
-    from pallas_kernels.flash_attention import tuning
+def spec_of(shape: Shape, **fields: Any) -> Any:
+    """Returns the AttentionSpec of a shape: bf16 without segment ids unless `fields` say else."""
     from pallas_kernels.flash_attention.config import AttentionSpec
     from pallas_kernels.flash_attention.masks import make_band
 
@@ -98,6 +97,14 @@ def _config(shape: Shape, task: dict[str, Any]) -> tuple[Any, Any, str]:
         return_lse=False,
         precision="bf16",
     )
+    return dataclasses.replace(spec, **fields)
+
+
+def _config(shape: Shape, task: dict[str, Any]) -> tuple[Any, Any, str]:
+    """Returns the spec of a shape, and the config of this task with its name, or None."""
+    from pallas_kernels.flash_attention import tuning
+
+    spec = spec_of(shape)
     is_forward = task["direction"] == "forward"
     shipped = tuning.forward_config(spec) if is_forward else tuning.backward_config(spec)
     if task["candidate"] is None:

@@ -229,8 +229,8 @@ def segment_operands(
 ) -> tuple[Array, Array, Array]:
     """Pads the ids to whole tiles and works out which blocks each tile needs."""
 
-    q_ids = _pad_ids(q_segment_ids, plan.padded_query_length)
-    kv_ids = _pad_ids(kv_segment_ids, plan.padded_key_length)
+    q_ids = pad_ids(q_segment_ids, plan.padded_query_length)
+    kv_ids = pad_ids(kv_segment_ids, plan.padded_key_length)
     ranges = block_ranges(
         q_ids.reshape(q_ids.shape[0], plan.num_q_tiles, plan.tile_q),
         kv_ids.reshape(kv_ids.shape[0], plan.num_kv_blocks, plan.config.block_kv),
@@ -239,7 +239,7 @@ def segment_operands(
     return q_ids, kv_ids, ranges
 
 
-def _pad_ids(ids: Array, length: int) -> Array:
+def pad_ids(ids: Array, length: int) -> Array:
     """Pads `[B, ...]`; repeating the last id adds no document to the last tile."""
     return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), mode="edge")
 
@@ -250,8 +250,8 @@ def _backward_segment_operands(
     """Pads the ids to whole tiles and works out which query blocks each tile of keys needs, and in
     which order tiles add to dQ.
     """
-    q_ids = _pad_ids(q_segment_ids, plan.padded_query_length)
-    kv_ids = _pad_ids(kv_segment_ids, plan.padded_key_length)
+    q_ids = pad_ids(q_segment_ids, plan.padded_query_length)
+    kv_ids = pad_ids(kv_segment_ids, plan.padded_key_length)
     spec, band = plan.spec, plan.spec.band
     mirrored = dataclasses.replace(
         spec,

@@ -170,7 +170,7 @@ def backward_operands(
     rows = rows.reshape(*rows.shape[:3], -1, sm90_bwd_fp8.BLOCK_Q).swapaxes(2, 3)
     ids = None, None
     if q_segment_ids is not None and kv_segment_ids is not None:
-        ids = _pad_ids(q_segment_ids, length), _pad_ids(kv_segment_ids, key_length)
+        ids = sm90.pad_ids(q_segment_ids, length), sm90.pad_ids(kv_segment_ids, key_length)
     return sm90_bwd_fp8.Inputs(
         q=queries(inputs.q),
         k=keys(inputs.k),
@@ -259,11 +259,6 @@ def _pad(x: Array, length: int) -> Array:
 def _pad_rows(x: Array, length: int, value: float) -> Array:
     """Appends `value` to `[B, N, length]`."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), constant_values=value)
-
-
-def _pad_ids(ids: Array, length: int) -> Array:
-    """Repeats the last id, which adds no document to the last tile."""
-    return jnp.pad(ids, ((0, 0), (0, length - ids.shape[1])), mode="edge")
 
 
 def bf16_backward(

@@ -42,10 +42,13 @@ from pallas_kernels.flash_attention.sm90_fwd_loop import (
     Loop,
     for_each_block,
     for_each_tile,
+    issue_qk,
+    launch_forward,
+    logits_type,
     mask,
+    out_type,
     pass_turn,
     pin,
-    produce,
     row_constant,
     spread_rows,
     take_turn,
@@ -57,8 +60,6 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     Scratch,
     Tile,
     block_range_of,
-    schedule_operand,
-    scratch_types,
     tile_of,
 )
 from pallas_kernels.mosaic import (
@@ -123,7 +124,7 @@ def _attend(loop: Loop) -> _State:
         return _read_out(loop, o_acc, state)
 
     plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(last)])
-    out = pl.run_scoped(product, _out_type(loop.plan))
+    out = pl.run_scoped(product, out_type(loop.plan))
     plgpu.barrier_arrive(loop.scratch.v_free.at[loop.stage(last)])
     return state._replace(out=out)
 
@@ -135,12 +136,12 @@ def _first_block(loop: Loop) -> _State:
 
     def product(s_acc: Any) -> Array:
         take_turn(plan, scratch)
-        _issue_qk(loop, s_acc, first)
+        issue_qk(loop, s_acc, first)
         pass_turn(plan, scratch)
         return s_acc[...]
 
     wait_for_k(loop, first)
-    s = pl.run_scoped(product, _logits_type(plan))
+    s = pl.run_scoped(product, logits_type(plan))
     row_max, row_sum = row_constant(NEG_INF, jnp.float32), row_constant(0.0, jnp.float32)
     p, row_max, row_sum, _ = _softmax(loop, mask(loop, first, s), row_max, row_sum)
     plgpu.barrier_arrive(scratch.k_free.at[loop.stage(first)])
@@ -156,7 +157,7 @@ def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _St
 
     def products(s_acc: Any, o_acc: Any) -> tuple[tuple[Array, ...], Array]:
         take_turn(plan, scratch)
-        _issue_qk(loop, s_acc, j)
+        issue_qk(loop, s_acc, j)
         plgpu.barrier_wait(scratch.v_full.at[loop.stage(j - 1)])
         _issue_pv(loop, o_acc, state, j - 1)
         pass_turn(plan, scratch)
@@ -180,28 +181,12 @@ def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _St
         wait_for_k(loop, j + 1)
         return result, out
 
-    types = _logits_type(plan), _out_type(plan)
+    types = logits_type(plan), out_type(plan)
     (p, row_max, row_sum, decay), out = pl.run_scoped(products, *types)
     # The registers of the old P feed the product that is in flight until `out` is read; writing
     # the new P earlier would make ptxas serialise the wgmmas.
     p, out = pin(plan, (p, out))
     return _State(out * spread_rows(decay, out.shape), row_max, row_sum, p.astype(plan.spec.dtype))
-
-
-def _logits_type(plan: Plan) -> Any:
-    """Accumulator of S."""
-    return plgpu.ACC((ROWS, plan.config.block_kv), jnp.float32)
-
-
-def _out_type(plan: Plan) -> Any:
-    """Accumulator of O."""
-    return plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
-
-
-def _issue_qk(loop: Loop, s_acc: Any, j: Array) -> None:
-    """Starts S = Q K^T of block j."""
-    q = loop.scratch.q.at[pl.ds(lax.axis_index("wg") * ROWS, ROWS)]
-    plgpu.wgmma(s_acc, q, loop.scratch.k.at[loop.stage(j)].transpose((1, 0)))
 
 
 def _issue_pv(loop: Loop, o_acc: Any, state: _State, j: Array) -> None:
@@ -264,29 +249,6 @@ def _store(
         plgpu.barrier_arrive(scratch.q_free)
 
 
-def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
-    """Splits the warpgroups into compute and producer."""
-    num_inputs = 3 + 3 * plan.spec.has_segments + plan.has_schedule
-    q, k, v, *rest = refs[:num_inputs]
-    schedule = rest.pop() if plan.has_schedule else None
-    q_ids, kv_ids, ranges = rest or (None, None, None)
-    inputs = Inputs(q, k, v, q_ids, kv_ids, ranges, schedule)
-    outputs = refs[num_inputs:]
-    scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
-    wg = lax.axis_index("wg")
-    wgs = plan.config.compute_warpgroups
-
-    @pl.when(wg < wgs)
-    def _() -> None:
-        plgpu.set_max_registers(plan.config.compute_registers, action="increase")
-        _compute(plan, inputs, outputs, scratch)
-
-    @pl.when(wg == wgs)
-    def _() -> None:
-        plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
-        produce(plan, inputs, scratch)
-
-
 def launch(
     q: Array,
     k: Array,
@@ -309,20 +271,11 @@ def launch(
       Output like q, and log-sum-exp `[B, N, padded T]`, float32.
     """
     spec = plan.spec
-    scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
     lse_shape = (spec.batch_size, spec.num_heads, plan.padded_query_length)
-    return plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
-        ),
-        scratch_types=scratch,
-        grid=(plan.num_ctas,),
-        grid_names=("cta",),
-        num_threads=plan.config.compute_warpgroups + 1,
-        thread_name="wg",
-        kernel_name="flash_attention_fwd",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
-    )(q, k, v, *(segments or ()), *schedule_operand(plan))
+    out_types = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+    )
+    return launch_forward(
+        _compute, (q, k, v), segments, plan=plan, out_types=out_types, name="flash_attention_fwd"
+    )

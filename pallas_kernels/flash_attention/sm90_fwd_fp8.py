@@ -44,10 +44,13 @@ from pallas_kernels.flash_attention.sm90_fwd_loop import (
     Loop,
     for_each_block,
     for_each_tile,
+    issue_qk,
+    launch_forward,
+    logits_type,
     mask,
+    out_type,
     pass_turn,
     pin,
-    produce,
     row_constant,
     spread_rows,
     take_turn,
@@ -59,8 +62,6 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     Scratch,
     Tile,
     block_range_of,
-    schedule_operand,
-    scratch_types,
     tile_of,
 )
 from pallas_kernels.mosaic import (
@@ -156,10 +157,10 @@ def _block(loop: Loop, factor: Array, may_be_masked: bool, j: Array, state: _Sta
     plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
 
     def product(acc: Any) -> Array:
-        _issue_qk(loop, acc, j)
+        issue_qk(loop, acc, j)
         return acc[...]
 
-    logits = pl.run_scoped(product, _logits_type(loop.plan))
+    logits = pl.run_scoped(product, logits_type(loop.plan))
     logits = mask(loop, j, logits) if may_be_masked else logits
     p, decay, state = _softmax(loop, factor, j, logits, state)
     # This wait also keeps ptxas from mixing the softmax with what follows, and spilling.
@@ -171,11 +172,11 @@ def _first_logits(loop: Loop) -> Array:
     """Computes Q K^T of block 0 in this warpgroup's turn, and passes it on."""
 
     def product(acc: Any) -> Array:
-        _issue_qk(loop, acc, jnp.int32(0))
+        issue_qk(loop, acc, jnp.int32(0))
         pass_turn(loop.plan, loop.scratch)
         return acc[...]
 
-    return pl.run_scoped(product, _logits_type(loop.plan))
+    return pl.run_scoped(product, logits_type(loop.plan))
 
 
 def _block_in_turn(
@@ -192,39 +193,23 @@ def _block_in_turn(
         out = _add_pv(loop, j, p, decay, state.out)
 
         def product(acc: Any) -> Array:
-            _issue_qk(loop, acc, j + 1)
+            issue_qk(loop, acc, j + 1)
             pass_turn(plan, scratch)
             return acc[...]
 
-        return state._replace(out=out), pl.run_scoped(product, _logits_type(plan))
+        return state._replace(out=out), pl.run_scoped(product, logits_type(plan))
 
     def products(o_acc: Any, s_acc: Any) -> tuple[Array, Array]:
         _issue_pv(loop, o_acc, p, j)
-        _issue_qk(loop, s_acc, j + 1)
+        issue_qk(loop, s_acc, j + 1)
         pass_turn(plan, scratch)
         added = plgpu.wgmma_accumulator_load(o_acc, wait_n=1)
         plgpu.barrier_arrive(scratch.v_free.at[loop.stage(j)])
         out = state.out * spread_rows(decay, added.shape) + added
         return out, s_acc[...]
 
-    out, logits = pl.run_scoped(products, _pv_type(plan), _logits_type(plan))
+    out, logits = pl.run_scoped(products, out_type(plan), logits_type(plan))
     return state._replace(out=out), logits
-
-
-def _logits_type(plan: Plan) -> Any:
-    """Accumulator of Q K^T."""
-    return plgpu.ACC((ROWS, plan.config.block_kv), jnp.float32)
-
-
-def _pv_type(plan: Plan) -> Any:
-    """Accumulator of P V."""
-    return plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
-
-
-def _issue_qk(loop: Loop, acc: Any, j: Array) -> None:
-    """Starts Q K^T of block j."""
-    q = loop.scratch.q.at[pl.ds(lax.axis_index("wg") * ROWS, ROWS)]
-    plgpu.wgmma(acc, q, loop.scratch.k.at[loop.stage(j)].transpose((1, 0)))
 
 
 def _issue_pv(loop: Loop, acc: Any, p: Array, j: Array) -> None:
@@ -249,7 +234,7 @@ def _add_pv(loop: Loop, j: Array, p: Array, decay: Array, out: Array) -> Array:
         _issue_pv(loop, acc, p, j)
         return acc[...] if in_place else out + acc[...]
 
-    out = pl.run_scoped(product, _pv_type(loop.plan))
+    out = pl.run_scoped(product, out_type(loop.plan))
     plgpu.barrier_arrive(loop.scratch.v_free.at[loop.stage(j)])
     return out
 
@@ -304,29 +289,6 @@ def _store(
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tile.batch, queries, tile.head])
 
 
-def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
-    """Splits the warpgroups into compute and producer."""
-    num_inputs = 5 + 3 * plan.spec.has_segments + plan.has_schedule
-    q, k, v, factor, v_scale, *rest = refs[:num_inputs]
-    schedule = rest.pop() if plan.has_schedule else None
-    q_ids, kv_ids, ranges = rest or (None, None, None)
-    inputs = Inputs(q, k, v, q_ids, kv_ids, ranges, schedule, factor, v_scale)
-    outputs = refs[num_inputs:]
-    scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
-    wg = lax.axis_index("wg")
-    wgs = plan.config.compute_warpgroups
-
-    @pl.when(wg < wgs)
-    def _() -> None:
-        plgpu.set_max_registers(plan.config.compute_registers, action="increase")
-        _compute(plan, inputs, outputs, scratch)
-
-    @pl.when(wg == wgs)
-    def _() -> None:
-        plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
-        produce(plan, inputs, scratch)
-
-
 def launch(
     q: Array,
     k: Array,
@@ -353,20 +315,15 @@ def launch(
       Output like q in spec.dtype, and statistics `[B, N, padded T]`.
     """
     spec = plan.spec
-    scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
     rows = jax.ShapeDtypeStruct(
         (spec.batch_size, spec.num_heads, plan.padded_query_length), jnp.float32
     )
-    out, lse2, top = plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
-        out_type=(jax.ShapeDtypeStruct(q.shape, spec.dtype), rows, rows),
-        scratch_types=scratch,
-        grid=(plan.num_ctas,),
-        grid_names=("cta",),
-        num_threads=plan.config.compute_warpgroups + 1,
-        thread_name="wg",
-        kernel_name="flash_attention_fwd_fp8",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
-    )(q, k, v_t, factor, v_scale, *(segments or ()), *schedule_operand(plan))
+    out, lse2, top = launch_forward(
+        _compute,
+        (q, k, v_t, factor, v_scale),
+        segments,
+        plan=plan,
+        out_types=(jax.ShapeDtypeStruct(q.shape, spec.dtype), rows, rows),
+        name="flash_attention_fwd_fp8",
+    )
     return out, Statistics(lse2, top)

@@ -1,5 +1,5 @@
 """Flash attention forward, SM90: what the kernels of all precisions do alike: the producer, turns
-of the warpgroups, masks.
+of the warpgroups, masks, the launch.
 """
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -21,6 +22,8 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     Scratch,
     block_range_of,
     cta_tiles,
+    schedule_operand,
+    scratch_types,
     tile_of,
 )
 from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, keep_equal
@@ -141,6 +144,22 @@ def pass_turn(plan: Plan, scratch: Scratch) -> None:
         plgpu.barrier_arrive(scratch.turn.at[lax.rem(lax.axis_index("wg") + 1, wgs)])
 
 
+def logits_type(plan: Plan) -> Any:
+    """Accumulator of Q K^T."""
+    return plgpu.ACC((ROWS, plan.config.block_kv), jnp.float32)
+
+
+def out_type(plan: Plan) -> Any:
+    """Accumulator of P V."""
+    return plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
+
+
+def issue_qk(loop: Loop, acc: Any, j: Array) -> None:
+    """Starts Q K^T of block j."""
+    q = loop.scratch.q.at[pl.ds(lax.axis_index("wg") * ROWS, ROWS)]
+    plgpu.wgmma(acc, q, loop.scratch.k.at[loop.stage(j)].transpose((1, 0)))
+
+
 def spread_rows(x: Array, shape: tuple[int, ...]) -> Array:
     """Broadcasts one value per row, [ROWS], to a matrix."""
     return lax.broadcast_in_dim(x, shape, [0])
@@ -208,3 +227,68 @@ def mask(loop: Loop, j: Array, s: Array) -> Array:
     block = blocks.stop - 1 - j
     needs_mask = (block < blocks.full_start) | (block >= blocks.full_stop)
     return lax.cond(needs_mask, masked, lambda: s)
+
+
+def launch_forward(
+    compute: Callable[[Plan, Inputs, tuple[Any, ...], Scratch], None],
+    arrays: tuple[Array, ...],
+    segments: tuple[Array, Array, Array] | None,
+    *,
+    plan: Plan,
+    out_types: tuple[jax.ShapeDtypeStruct, ...],
+    name: str,
+) -> Any:
+    """Runs a forward kernel: `compute` on each compute warpgroup, `produce` on the last one.
+
+    Args:
+      compute: what a compute warpgroup does with plan, inputs, outputs and scratch.
+      arrays: q, k, v, and in FP8 the factor and V's scale; see `Inputs`.
+      segments: ids of queries and keys, and block ranges; or None.
+      plan: shapes, config and device.
+      out_types: of the outputs.
+      name: of the kernel.
+
+    Returns:
+      The outputs.
+    """
+    wgs = plan.config.compute_warpgroups
+
+    def kernel(*refs: Any, **scratch_refs: Any) -> None:
+        inputs = _inputs(plan, refs[: -len(out_types)])
+        scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg < wgs)
+        def _() -> None:
+            plgpu.set_max_registers(plan.config.compute_registers, action="increase")
+            compute(plan, inputs, refs[-len(out_types) :], scratch)
+
+        @pl.when(wg == wgs)
+        def _() -> None:
+            plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
+            produce(plan, inputs, scratch)
+
+    types = scratch_types(plan)._asdict().items()
+    return plgpu.kernel(
+        kernel,
+        out_type=out_types,
+        scratch_types={name: x for name, x in types if x is not None},
+        grid=(plan.num_ctas,),
+        grid_names=("cta",),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
+    )(*arrays, *(segments or ()), *schedule_operand(plan))
+
+
+def _inputs(plan: Plan, refs: tuple[Any, ...]) -> Inputs:
+    """Gives the operands of `launch_forward` their names."""
+    arrays, rest = list(refs), [None, None, None]
+    schedule = arrays.pop() if plan.has_schedule else None
+    if plan.spec.has_segments:
+        arrays, rest = arrays[:-3], arrays[-3:]
+    q, k, v, *fp8_only = arrays
+    q_ids, kv_ids, ranges = rest
+    return Inputs(q, k, v, q_ids, kv_ids, ranges, schedule, *fp8_only)

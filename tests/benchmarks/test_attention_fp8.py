@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import attention, attention_fp8_worker
+from benchmarks import attention, attention_fp8_worker, attention_worker
 from benchmarks.attention import SHAPES
 from pallas_kernels import hardware
 from pallas_kernels.flash_attention import fp8, sm90_bwd_fp8, sm90_fp8
@@ -64,7 +64,7 @@ def test_the_distributions_are_what_they_are_called():
 
 def test_kernels_of_the_largest_shapes_lower_with_what_the_benchmark_gives_them():
     shape = next(s for s in SHAPES if s.name == "causal 2x8192 32/8")
-    spec = attention_fp8_worker.spec_of(shape)
+    spec = attention_worker.spec_of(shape, precision="fp8")
     q = jax.ShapeDtypeStruct((shape.b, shape.t, shape.n, shape.h), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((shape.b, shape.t, shape.k, shape.h), jnp.bfloat16)
     with hardware.assume_device_kind("NVIDIA H200"):
