@@ -42,6 +42,7 @@ from jfp8.gemms import (
     same_varying,
     save_for_dgrad,
     save_for_wgrad,
+    wgrad_dtype,
     wgrad_gemm,
 )
 from jfp8.quantize import observe, sampled_elements
@@ -68,12 +69,6 @@ class _Static:
     # Of a mesh with explicit axes, where JAX asks how a contraction over a sharded dimension ends.
     lhs_sharding: NamedSharding | None
     rhs_sharding: NamedSharding | None
-
-    @property
-    def wgrad_dtype(self) -> np.dtype:
-        """What the GEMM of the gradient of rhs writes."""
-        is_narrow = self.recipe.weight_grad_dtype == "bfloat16"
-        return np.dtype(jnp.bfloat16) if is_narrow else self.rhs_dtype
 
 
 def dot_general(
@@ -207,7 +202,8 @@ def _fp8_bwd(
     with jax.named_scope("fp8_dot/dgrad"):
         dlhs = dgrad_gemm(cast_grad, q_rhs, scale[RHS], static.lhs_dtype, static.lhs_sharding)
     with jax.named_scope("fp8_dot/wgrad"):
-        drhs = wgrad_gemm(q_lhs, scale[LHS], cast_grad, static.wgrad_dtype, static.rhs_sharding)
+        dtype = wgrad_dtype(recipe, static.rhs_dtype)
+        drhs = wgrad_gemm(q_lhs, scale[LHS], cast_grad, dtype, static.rhs_sharding)
         drhs = drhs.astype(static.rhs_dtype)
     with jax.named_scope("fp8_dot/observe"):
         counted = (
@@ -245,7 +241,8 @@ def _bf16_bwd(
             grad, rhs.astype(grad.dtype), DGRAD, static.lhs_dtype, FAST, static.lhs_sharding
         )
     with jax.named_scope("bf16_dot/wgrad"):
-        drhs = gemm(lhs, grad, WGRAD, static.wgrad_dtype, FAST, static.rhs_sharding)
+        dtype = wgrad_dtype(static.recipe, static.rhs_dtype)
+        drhs = gemm(lhs, grad, WGRAD, dtype, FAST, static.rhs_sharding)
         drhs = drhs.astype(static.rhs_dtype)
     return dlhs, drhs
 

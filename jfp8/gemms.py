@@ -165,6 +165,12 @@ def wgrad_gemm(
     return out * (lhs_scale * grad.scale).astype(dtype)
 
 
+def wgrad_dtype(recipe: Recipe, rhs_dtype: np.dtype) -> np.dtype:
+    """What the GEMM of the gradient of rhs writes."""
+    is_narrow = recipe.weight_grad_dtype == "bfloat16"
+    return np.dtype(jnp.bfloat16) if is_narrow else rhs_dtype
+
+
 def gemm(
     a: jax.Array,
     b: jax.Array,

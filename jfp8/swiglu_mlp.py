@@ -32,6 +32,7 @@ from jfp8.gemms import (
     same_varying,
     save_for_dgrad,
     save_for_wgrad,
+    wgrad_dtype,
     wgrad_gemm,
 )
 from jfp8.quantize import observe, sample_rows, sample_statistics, sampled_elements
@@ -39,6 +40,7 @@ from jfp8.recipe import Recipe
 from jfp8.scaling import GRAD, LHS, RHS, ScalingState
 from jfp8.validation import validate_operands, validated_state
 from pallas_kernels import Quantized
+from pallas_kernels.fused.swiglu import activation, gradient
 from pallas_kernels.quantize.contract import Layouts
 
 
@@ -154,8 +156,10 @@ def _mlp_bwd(static, residuals, grad):
     with jax.named_scope("fp8_dot/quantize_grad"):
         dgate_up = _cast_gradient(static, gate_up, dhidden, scale1)
     with jax.named_scope("fp8_dot/wgrad"):
-        dw2 = wgrad_gemm(q_hidden, scale2[LHS], cast_grad, static.kernel_dtypes[1])
-        dw1 = wgrad_gemm(q_x, scale1[LHS], dgate_up, static.kernel_dtypes[0])
+        dtypes = [wgrad_dtype(recipe, dtype) for dtype in static.kernel_dtypes]
+        dw1 = wgrad_gemm(q_x, scale1[LHS], dgate_up, dtypes[0]).astype(static.kernel_dtypes[0])
+        dw2 = wgrad_gemm(q_hidden, scale2[LHS], cast_grad, dtypes[1])
+        dw2 = dw2.astype(static.kernel_dtypes[1])
     with jax.named_scope("fp8_dot/dgrad"):
         dx = dgrad_gemm(dgate_up, q_w1, scale1[RHS], static.x_dtype)
     with jax.named_scope("fp8_dot/observe"):
@@ -190,7 +194,7 @@ def _observation(
 def _cast_hidden(static: _Static, gate_up: jax.Array, scales: jax.Array) -> Cast:
     """silu(gate) * up in 8 bits."""
     recipe = static.recipe
-    scale, _ = chosen_scale(_hidden(gate_up, static.group), scales[LHS], LHS, recipe)
+    scale, _ = chosen_scale(activation(gate_up, static.group), scales[LHS], LHS, recipe)
     quantized = pallas_kernels.swiglu_quantize(
         gate_up,
         scale,
@@ -199,7 +203,7 @@ def _cast_hidden(static: _Static, gate_up: jax.Array, scales: jax.Array) -> Cast
         layouts=_layouts(recipe),
         implementation=recipe.quantize_implementation,
     )
-    sample = _hidden(sample_rows(gate_up), static.group)
+    sample = activation(sample_rows(gate_up), static.group)
     return _as_cast(quantized, sample, scale, LHS, recipe)
 
 
@@ -208,9 +212,9 @@ def _cast_gradient(
 ) -> Cast:
     """The gradient of gate_up in 8 bits."""
     recipe = static.recipe
-    scale, _ = chosen_scale(
-        _hidden_gradient(gate_up, dhidden, static.group), scales[GRAD], GRAD, recipe
-    )
+    # Without the barrier XLA finds the forward's float32 sigmoid here, and keeps it for all layers.
+    gate_up, dhidden = jax.lax.optimization_barrier((gate_up, dhidden))
+    scale, _ = chosen_scale(gradient(gate_up, dhidden, static.group), scales[GRAD], GRAD, recipe)
     quantized, _ = pallas_kernels.swiglu_grad_quantize(
         gate_up,
         dhidden,
@@ -220,7 +224,7 @@ def _cast_gradient(
         layouts=_layouts(recipe),
         implementation=recipe.quantize_implementation,
     )
-    sample = _hidden_gradient(sample_rows(gate_up), sample_rows(dhidden), static.group)
+    sample = gradient(sample_rows(gate_up), sample_rows(dhidden), static.group)
     return _as_cast(quantized, sample, scale, GRAD, recipe)
 
 
@@ -234,21 +238,3 @@ def _as_cast(
 ) -> Cast:
     seen = sample_statistics(sample, quantized.amax_bits, scale, recipe.formats[slot])
     return Cast(quantized.q, quantized.q_t, scale, seen)
-
-
-def _hidden(gate_up: jax.Array, group: int) -> jax.Array:
-    """silu(gate) * up, float32 `[rows, F]`."""
-    gate, up = _split(gate_up, group)
-    return (gate * jax.nn.sigmoid(gate) * up).reshape(len(gate_up), -1)
-
-
-def _hidden_gradient(gate_up: jax.Array, dhidden: jax.Array, group: int) -> jax.Array:
-    """The gradient of `_hidden`, float32 `[rows, 2 F]`."""
-    return jax.vjp(lambda x: _hidden(x, group), gate_up.astype(jnp.float32))[1](
-        dhidden.astype(jnp.float32)
-    )[0]
-
-
-def _split(gate_up: jax.Array, group: int) -> list[jax.Array]:
-    pairs = gate_up.reshape(len(gate_up), -1, 2, group).astype(jnp.float32)
-    return jnp.split(pairs, 2, axis=-2)

@@ -66,9 +66,7 @@ def swiglu_quantize(
         reason = sm90_swiglu.unsupported_reason(plan, gate_up, group)
     if uses_mosaic(implementation, reason):
         return sm90_swiglu.forward(gate_up, scale, dtype=dtype, layouts=layouts)
-    gate, up = _split(gate_up, group)
-    hidden = (gate * jax.nn.sigmoid(gate) * up).reshape(gate_up.shape[0], -1)
-    return quantize_xla(hidden, scale, dtype=dtype, layouts=layouts)
+    return quantize_xla(activation(gate_up, group), scale, dtype=dtype, layouts=layouts)
 
 
 def swiglu_grad_quantize(
@@ -117,15 +115,27 @@ def swiglu_grad_quantize(
         return sm90_swiglu.backward(gate_up, grad, scale, **options)
     # Without the barrier XLA would find the forward pass's sigmoid here, and keep it in memory.
     gate_up, grad = lax.optimization_barrier((gate_up, grad))
+    result = gradient(gate_up, grad, group)
+    quantized = quantize_xla(result, scale, dtype=dtype, layouts=layouts)
+    return quantized, result.astype(gate_up.dtype) if plain else None
+
+
+def activation(gate_up: Array, group: int) -> Array:
+    """silu(gate) * up by XLA, float32: `[M, 2 F]` to `[M, F]`."""
+    gate, up = _split(gate_up, group)
+    return (gate * jax.nn.sigmoid(gate) * up).reshape(gate_up.shape[0], -1)
+
+
+def gradient(gate_up: Array, grad: Array, group: int) -> Array:
+    """The gradient of `activation` by XLA, float32: `[M, 2 F]` and `[M, F]` to `[M, 2 F]`."""
     gate, up = _split(gate_up, group)
     grad = grad.reshape(gate.shape).astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
     dgate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    # The same sigmoid, written so that XLA does not store it for both halves to read.
+    # The same sigmoid, written differently: what both halves of the concatenation share XLA writes
+    # to memory first, and each half may as well compute its own.
     dup = grad * gate * (0.5 + 0.5 * jnp.tanh(0.5 * gate))
-    result = jnp.concatenate([dgate, dup], axis=-2).reshape(gate_up.shape)
-    quantized = quantize_xla(result, scale, dtype=dtype, layouts=layouts)
-    return quantized, result.astype(gate_up.dtype) if plain else None
+    return jnp.concatenate([dgate, dup], axis=-2).reshape(gate_up.shape)
 
 
 def _split(gate_up: Array, group: int) -> list[Array]:

@@ -10,9 +10,12 @@ import pytest
 
 import jfp8
 from jfp8.scaling import EXPONENTS
+from pallas_kernels import hardware
 from pallas_kernels.interpreter import interpret_kernels
+from tests.aot import compile_for_h200
 from tests.jfp8 import reference
 from tests.jfp8.reference import normal, sqnr_db
+from tests.jfp8.test_compiled import large_passes
 
 M, D, F, GROUP = 128, 128, 128, 128
 XLA = jfp8.Recipe()
@@ -103,6 +106,32 @@ def test_leading_dimensions_and_group():
     gate_up = W1.reshape(D, -1, 2, 32).swapaxes(1, 2).reshape(D, 2 * F)
     plain = composed(jfp8.Recipe(name="bf16"), X, gate_up, W2, None, None)
     assert out.shape == x.shape and sqnr_db(reference.f64(plain), out.reshape(M, D)) > 20
+
+
+def test_weight_gradients_in_bfloat16_are_one_rounding_of_the_float32_sums():
+    narrow = results(mlp, dataclasses.replace(XLA, weight_grad_dtype="bfloat16"), True)
+    for got, want in zip(narrow[2:4], results(mlp, XLA, True)[2:4], strict=True):
+        assert got.dtype == jnp.float32  # what the optimizer gets
+        np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
+def test_h200_program_keeps_no_float32_hidden_layer():
+    """The calibrating step once kept the forward's sigmoid for the backward of every layer."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    m, d, f = 4096, 1024, 2048
+    recipe = dataclasses.replace(MOSAIC, name="current", weight_grad_dtype="bfloat16")
+
+    def layer(*args):
+        out, vjp = jax.vjp(functools.partial(mlp, recipe), *args[:-1])
+        return out, vjp(args[-1])
+
+    shape = jax.ShapeDtypeStruct
+    weights = shape((d, 2 * f), jnp.float32), shape((f, d), jnp.float32)
+    x = shape((m, d), jnp.bfloat16)
+    with hardware.assume_device_kind("NVIDIA H200"):
+        compiled = compile_for_h200(layer, x, *weights, *jax.eval_shape(states), x)
+    large = large_passes(compiled.as_text(), m * f)
+    assert large and not any("f32" in arrays and str(m) in arrays for arrays in large), large
 
 
 @pytest.mark.parametrize(
