@@ -1,5 +1,9 @@
 """The products of `fp8` in plain JAX, on any device: the reference of the FP8 kernels, rounding for
 rounding, in float32.
+
+XLA may drop a conversion to 8 bits that is undone at once (`xla_allow_excess_precision`, on by
+default), on some devices even behind an optimization barrier: it would then compute in float32. So
+every rounding here is float32 arithmetic, `round_like`, and that of an operand is done once more.
 """
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, G = N // K, H head dim; in
@@ -15,13 +19,13 @@ from jax import Array, lax
 from pallas_kernels.flash_attention.config import AttentionSpec
 from pallas_kernels.flash_attention.fp8 import (
     BLOCK_KV,
+    E4M3,
     MAX_RISE,
     P_BITS,
     Gradients,
     Inputs,
     Statistics,
     exponent_factor,
-    to_8_bits,
 )
 from pallas_kernels.flash_attention.masks import dense_mask
 from pallas_kernels.reference import attention_reference
@@ -39,10 +43,9 @@ def fp8_forward(
     spec: AttentionSpec,
 ) -> tuple[Array, Statistics]:
     """Implements `fp8.Kernels.fp8_forward`."""
-    inputs = _sealed(inputs)
     factor = exponent_factor(inputs, spec)[:, :, None, None, None]
     padding = -spec.key_length % BLOCK_KV
-    v = _heads_first(_pad(inputs.v, padding)).astype(_F32)
+    v = _heads_first(_pad(_widen(inputs.v), padding))
 
     def chunk(first: Array, q: Array, ids: Array | None) -> tuple[Array, Array, Array]:
         x = _masked_logits(inputs, q, first, ids, kv_segment_ids, spec) * factor
@@ -57,7 +60,7 @@ def fp8_forward(
         p = jnp.exp2(x - finite[..., None] + P_BITS)
         weight = jnp.where(is_empty, 0.0, jnp.exp2(reference - jnp.where(is_empty, 0.0, total)))
         row_sum = (p.sum(axis=-1) * weight).sum(axis=-1)
-        p = _sealed(to_8_bits(p, 1.0)).astype(_F32) * weight[..., None]
+        p = round_like(p, E4M3) * weight[..., None]
         p = p.reshape(*p.shape[:4], -1)
         safe_sum = jnp.where(is_empty[..., 0], 1.0, row_sum)
         out = _dot("bkgts,bksh->bkgth", p, v) / safe_sum[..., None]
@@ -77,21 +80,20 @@ def fp8_backward(
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
     """Implements `fp8.Kernels.fp8_backward`."""
-    inputs, gradients = _sealed((inputs, gradients))
     factor = exponent_factor(inputs, spec)[:, :, None, None, None]
-    k, v = (_heads_first(x).astype(_F32) for x in (inputs.k, inputs.v))
+    k, v = (_heads_first(_widen(x)) for x in (inputs.k, inputs.v))
     rows = [x.transpose(0, 2, 1) for x in (gradients.offset, gradients.slope, gradients.delta)]
 
     def chunk(first: Array, operands: Any, ids: Array | None) -> tuple[Array, Array, Array]:
         q, dout, dout_rows, q_rows, offset, slope, delta = operands
-        dout, dout_rows, q_rows = (_group(x, spec).astype(_F32) for x in (dout, dout_rows, q_rows))
+        dout, dout_rows, q_rows = (_group(_widen(x), spec) for x in (dout, dout_rows, q_rows))
         offset, slope, delta = (_group(x[..., None], spec) for x in (offset, slope, delta))
         x = _masked_logits(inputs, q, first, ids, kv_segment_ids, spec) * factor
         p = jnp.exp2(x - offset)
         ds = p * (_dot("bkgth,bksh->bkgts", dout, v) * slope - delta)
         # What is masked stays 0 even where the gradient is not finite.
         ds = jnp.where(x == -jnp.inf, 0.0, ds)
-        p, ds = (_sealed(to_8_bits(x, 1.0)).astype(_F32) for x in (p, ds))
+        p, ds = (round_like(x, E4M3) for x in (p, ds))
         dq = _dot("bkgts,bksh->bkgth", ds, k)
         dk = _dot("bkgts,bkgth->bksh", ds, q_rows)
         return _heads_last(dq), dk, _dot("bkgts,bkgth->bksh", p, dout_rows)
@@ -145,7 +147,7 @@ def _masked_logits(
     spec: AttentionSpec,
 ) -> Array:
     """q8 . k8 of some queries, `[B, K, G, T, S]`, -inf where masked."""
-    s = _dot("bkgth,bksh->bkgts", _group(q, spec).astype(_F32), _heads_first(inputs.k).astype(_F32))
+    s = _dot("bkgth,bksh->bkgts", _group(_widen(q), spec), _heads_first(_widen(inputs.k)))
     queries = jnp.arange(q.shape[1], dtype=jnp.int32) + first
     keys = jnp.arange(spec.key_length, dtype=jnp.int32)
     mask = dense_mask(spec.band, queries, keys, q_ids, kv_ids)
@@ -193,11 +195,19 @@ def _over_chunks(
     return *(join(x) for x in parts), *sums
 
 
-def _sealed(x: Any) -> Any:
-    """Keeps XLA from dropping a rounding to 8 bits that is undone at once, as it may by default
-    (`xla_allow_excess_precision`): then it would compute in float32.
-    """
-    return lax.optimization_barrier(x)
+def round_like(x: Array, dtype: Any) -> Array:
+    """Rounds float32 to the nearest number of an 8-bit `dtype`, ties to even; saturates."""
+    info = jnp.finfo(dtype)
+    x = jnp.clip(x, -float(info.max), float(info.max))
+    normal = lax.reduce_precision(x, 8, info.nmant)
+    unit = float(info.smallest_subnormal)
+    subnormal = jnp.round(x * (1 / unit)) * unit
+    return jnp.where(jnp.abs(x) < float(info.tiny), subnormal, normal)
+
+
+def _widen(x: Array) -> Array:
+    """Converts 8 bits to float32; rounds again, in case that XLA dropped the first time."""
+    return round_like(x.astype(_F32), x.dtype)
 
 
 def _dot(equation: str, lhs: Array, rhs: Array) -> Array:
