@@ -62,6 +62,7 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     block_range_of,
     tile_of,
 )
+from pallas_kernels.flash_attention.sm90_isolation import note_bad_output
 from pallas_kernels.mosaic import (
     MATRIX,
     PER_ROW,
@@ -76,6 +77,8 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scra
     """Computes ROWS queries of each tile."""
     wg = lax.axis_index("wg")
     wgs = plan.config.compute_warpgroups
+    if plan.isolates:
+        scratch.bad_outputs[wg, 0] = jnp.int32(0)
     # All buffers start out free.
     plgpu.barrier_arrive(scratch.q_free)
     for slot in range(plan.config.num_stages):
@@ -84,7 +87,7 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scra
     if plan.config.ping_pong:
         pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(scratch.turn.at[0]))
 
-    def compute_tile(index: Callable[[], Array], step: Array) -> Array:
+    def compute_tile(index: Callable[[], Array], step: Array, number: Array | int) -> Array:
         tile = tile_of(plan, index())
         blocks = block_range_of(plan, inputs.block_ranges, tile)
         first_query = tile.q_tile * plan.tile_q + wg * ROWS
@@ -94,10 +97,14 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, Any], scratch: Scra
             q_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
         plgpu.barrier_wait(scratch.q_full)
         state = _attend(Loop(plan, scratch, blocks, first_query, step, q_ids))
+        if plan.isolates:
+            flag = scratch.bad_outputs.at[wg]
+            note = functools.partial(note_bad_output, state.out, flag, interpret=plan.interpret)
+            pl.when(number == 0)(note)
         _store(plan, outputs, scratch, tile_of(plan, index()), state)
         return step + blocks.stop - blocks.start
 
-    for_each_tile(plan, scratch, compute_tile)
+    for_each_tile(plan, scratch, compute_tile, computes=True)
     if plan.config.ping_pong and plan.interpret:
         pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)

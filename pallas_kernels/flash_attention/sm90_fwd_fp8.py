@@ -100,7 +100,7 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scra
     if plan.config.ping_pong:
         pl.when(wg == wgs - 1)(lambda: plgpu.barrier_arrive(scratch.turn.at[0]))
 
-    def compute_tile(index: Callable[[], Array], step: Array) -> Array:
+    def compute_tile(index: Callable[[], Array], step: Array, _: Array | int) -> Array:
         tile = tile_of(plan, index())
         blocks = block_range_of(plan, inputs.block_ranges, tile)
         first_query = tile.q_tile * plan.tile_q + wg * ROWS
@@ -114,7 +114,7 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scra
         _store(plan, inputs, outputs, scratch, tile_of(plan, index()), state)
         return step + blocks.stop - blocks.start
 
-    for_each_tile(plan, scratch, compute_tile)
+    for_each_tile(plan, scratch, compute_tile, computes=True)
     if plan.config.ping_pong and plan.interpret:
         pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)

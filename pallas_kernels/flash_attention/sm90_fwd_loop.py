@@ -26,34 +26,72 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     scratch_types,
     tile_of,
 )
+from pallas_kernels.flash_attention.sm90_isolation import NAN, fill_bad_rows, find_bad_rows
 from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, keep_equal
 
 NEG_INF = float("-inf")
 
 
 def for_each_tile(
-    plan: Plan, scratch: Scratch, body: Callable[[Callable[[], Array], Array], Array]
+    plan: Plan,
+    scratch: Scratch,
+    body: Callable[[Callable[[], Array], Array, Array | int], Array],
+    *,
+    computes: bool,
 ) -> None:
-    """Calls `step = body(index, step)` for each tile of this CTA, the first time with step 0.
+    """Calls `step = body(index, step, number)` for each tile of this CTA, the first time with step
+    0; `number` is 0, or 1 in the second pass of `sm90_isolation`.
 
     `index()` works out the tile's index anew: cheaper than holding it in registers.
     """
     if plan.num_ctas == plan.num_tiles:
-        body(lambda: lax.axis_index("cta"), jnp.int32(0))
-        return
-    if plan.has_schedule:
+        if not plan.isolates:
+            body(lambda: lax.axis_index("cta"), jnp.int32(0), 0)
+            return
+        count, index = jnp.int32(1), lambda i: lax.axis_index("cta")
+    elif plan.has_schedule:
         plgpu.barrier_wait(scratch.schedule_full)
         count, index = scratch.schedule[0], lambda i: scratch.schedule[1 + i]
     else:
         count, index = cta_tiles(plan)
-    lax.fori_loop(0, count, lambda i, step: body(lambda: index(pin(plan, i)), step), jnp.int32(0))
+
+    def walk(number: Array | int, count: Array, step: Array) -> Array:
+        def tile(i: Array, step: Array) -> Array:
+            return body(lambda: index(pin(plan, i)), step, number)
+
+        return lax.fori_loop(0, count, tile, step)
+
+    if not plan.isolates:
+        walk(0, count, jnp.int32(0))
+        return
+
+    def one_pass(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        count, step = state
+        step = walk(number, count, step)
+        has_bad = lax.cond(
+            number == 0, lambda: _has_bad_output(scratch, plan, computes), lambda: jnp.int32(0)
+        )
+        return jnp.where(has_bad > 0, count, 0), step
+
+    lax.fori_loop(0, 2, one_pass, (count, jnp.int32(0)))
+
+
+def _has_bad_output(scratch: Scratch, plan: Plan, computes: bool) -> Array:
+    """Waits until all tiles of this CTA are done; returns 1 if an output was not finite, else 0."""
+    if computes:
+        # The second pass writes to the same places.
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(scratch.first_pass)
+    plgpu.barrier_wait(scratch.first_pass)
+    flags = [scratch.bad_outputs[wg, 0] for wg in range(plan.config.compute_warpgroups)]
+    return functools.reduce(jnp.maximum, flags)
 
 
 def produce(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
     """Loads Q of each tile, then its blocks of K and V, as their buffers become free."""
     stages, block_kv = plan.config.num_stages, plan.config.block_kv
 
-    def load_tile(index: Callable[[], Array], step: Array) -> Array:
+    def load_tile(index: Callable[[], Array], step: Array, number: Array | int) -> Array:
         tile = tile_of(plan, index())
         kv_head = lax.div(tile.head, jnp.int32(plan.spec.num_heads // plan.spec.num_kv_heads))
         blocks = block_range_of(plan, inputs.block_ranges, tile)
@@ -67,20 +105,26 @@ def produce(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
             slot = lax.rem(step, jnp.int32(stages))
             keys = pl.ds((blocks.stop - 1 - j) * block_kv, block_kv)
             k_full, v_full = scratch.k_full.at[slot], scratch.v_full.at[slot]
-            plgpu.barrier_wait(scratch.k_free.at[slot])
-            plgpu.copy_gmem_to_smem(
-                inputs.k.at[tile.batch, keys, kv_head], scratch.k.at[slot], k_full
-            )
-            if plan.spec.has_segments:
-                plgpu.copy_gmem_to_smem(
-                    inputs.kv_ids.at[tile.batch, keys], scratch.kv_ids.at[slot], k_full
-                )
-            plgpu.barrier_wait(scratch.v_free.at[slot])
+            k = inputs.k.at[tile.batch, keys, kv_head]
             if plan.spec.precision == "fp8":
                 v = inputs.v.at[tile.batch, kv_head, :, keys]
             else:
                 v = inputs.v.at[tile.batch, keys, kv_head]
-            plgpu.copy_gmem_to_smem(v, scratch.v.at[slot], v_full)
+            plgpu.barrier_wait(scratch.k_free.at[slot])
+            if plan.spec.has_segments:
+                plgpu.copy_gmem_to_smem(
+                    inputs.kv_ids.at[tile.batch, keys], scratch.kv_ids.at[slot], k_full
+                )
+
+            def load() -> None:
+                plgpu.copy_gmem_to_smem(k, scratch.k.at[slot], k_full)
+                plgpu.barrier_wait(scratch.v_free.at[slot])
+                plgpu.copy_gmem_to_smem(v, scratch.v.at[slot], v_full)
+
+            if plan.isolates:
+                lax.cond(number == 0, load, lambda: _load_checked(plan, scratch, k, v, slot))
+            else:
+                load()
             return step + 1
 
         return lax.fori_loop(0, blocks.stop - blocks.start, load_block, step)
@@ -88,12 +132,35 @@ def produce(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
     if plan.has_schedule:
         row = inputs.schedule.at[lax.axis_index("cta")]
         plgpu.copy_gmem_to_smem(row, scratch.schedule, scratch.schedule_full)
-    for_each_tile(plan, scratch, load_tile)
+    for_each_tile(plan, scratch, load_tile, computes=False)
     if plan.interpret:  # which insists that somebody waits for every arrival
         plgpu.barrier_wait(scratch.q_free)
         for slot in range(stages):
             plgpu.barrier_wait(scratch.k_free.at[slot])
             plgpu.barrier_wait(scratch.v_free.at[slot])
+
+
+def _load_checked(plan: Plan, scratch: Scratch, k: Any, v: Any, slot: Array) -> None:
+    """Loads a block with bad rows of V as zeros, and K of these keys as NaN."""
+    k_smem, v_smem = scratch.k.at[slot], scratch.v.at[slot]
+
+    def load(source: Any, target: Any) -> None:
+        plgpu.copy_gmem_to_smem(source, target, scratch.checked)
+        plgpu.barrier_wait(scratch.checked)
+
+    # V passes through K's buffer first: its own becomes free only after this K has been used.
+    load(v, k_smem)
+    find_bad_rows((k_smem,), scratch.bad_keys, interpret=plan.interpret)
+    plgpu.commit_smem()
+    load(k, k_smem)
+    fill_bad_rows(k_smem, scratch.bad_keys, NAN, interpret=plan.interpret)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.k_full.at[slot])
+    plgpu.barrier_wait(scratch.v_free.at[slot])
+    load(v, v_smem)
+    fill_bad_rows(v_smem, scratch.bad_keys, 0.0, interpret=plan.interpret)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.v_full.at[slot])
 
 
 class Loop(NamedTuple):

@@ -96,6 +96,14 @@ class Plan:
         return self.are_tiles_unequal and 1 < rounds <= _MAX_ROUNDS
 
     @property
+    def isolates(self) -> bool:
+        """Whether bad values are kept from queries that may not see them: where none is masked,
+        there are none; FP8 factors share their scales anyway.
+        """
+        is_masked = self.spec.has_segments or not self.spec.band.is_full
+        return is_masked and self.spec.precision != "fp8"
+
+    @property
     def schedule_slots(self) -> int:
         """Columns of `make_schedule`."""
         return make_schedule(self).shape[1]
@@ -129,6 +137,11 @@ class Scratch(NamedTuple):
     schedule: Any  # [slots], int32: this CTA's row, or None
     schedule_full: Any  # TMA -> all: the schedule has arrived; or None
     turn: Any  # compute -> compute, one per warpgroup: it may issue matrix products; or None
+    # Of `sm90_isolation`, or None:
+    bad_outputs: Any  # [C, 1], int32: a warpgroup has met an output that is not finite
+    bad_keys: Any  # [block_kv], float32: NaN for keys with a bad row of V, else 0
+    first_pass: Any  # compute -> all: all tiles are done, and `bad_outputs` is written
+    checked: Any  # TMA -> producer: a block of the second pass has arrived
 
 
 def scratch_types(plan: Plan) -> Scratch:
@@ -160,6 +173,10 @@ def scratch_types(plan: Plan) -> Scratch:
         schedule=plgpu.SMEM((plan.schedule_slots,), jnp.int32) if plan.has_schedule else None,
         schedule_full=plgpu.Barrier() if plan.has_schedule else None,
         turn=plgpu.Barrier(num_barriers=wgs) if config.ping_pong else None,
+        bad_outputs=plgpu.SMEM((wgs, 1), jnp.int32) if plan.isolates else None,
+        bad_keys=plgpu.SMEM((block_kv,), jnp.float32) if plan.isolates else None,
+        first_pass=plgpu.Barrier(num_arrivals=wgs) if plan.isolates else None,
+        checked=plgpu.Barrier() if plan.isolates else None,
     )
 
 
