@@ -9,10 +9,6 @@ a mask, and its weight NaN where it is seen:
             again, with such rows of V as zeros and these keys as NaN: so are their logits, until
             the mask takes away those that nobody may see. If all is finite, this costs a look at
             some registers for each tile.
-  backward  A query whose log-sum-exp or delta is not finite gets the log-sum-exp NaN (`sm90`), so
-            its probabilities are NaN, until the mask; in blocks with a mask its rows of Q and dO
-            become zeros. Rows of K and V that are not finite become zeros in a tile that meets a
-            mask, and the probabilities of these keys NaN, until the mask.
 
 An infinite key whose logit is -inf has the weight 0 in the forward, as any other such logit.
 """
@@ -65,7 +61,8 @@ def note_bad_output(out: Array, flag: Any, *, interpret: bool) -> None:
         total = arith.addf(arith.addf(*chains[:2]), arith.addf(*chains[2:]))
         with mgpu.utils.when(_is_nan(total)):
             one = vector.broadcast(_vector(1, ir.IntegerType.get_signless(32)), _i32(1))
-            vector.store(one, flag, [mgpu.utils.c(0, ir.IndexType.get())])
+            first: Any = mgpu.utils.c(0, ir.IndexType.get())
+            vector.store(one, flag, [first])
 
     note(out, flag)
 
@@ -196,7 +193,7 @@ def _thread() -> Any:
     spills them.
     """
     i32 = ir.IntegerType.get_signless(32)
-    thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+    thread: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
     thread = arith.andi(thread, mgpu.utils.c(127, i32))
     return arith.index_castui(ir.IndexType.get(), thread)
 
