@@ -108,12 +108,12 @@ def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
             plgpu.copy_gmem_to_smem(inputs.do.at[tile.batch, rows, head], scratch.do.at[slot], full)
             delta = inputs.delta.at[tile.batch, head, rows]
             plgpu.copy_gmem_to_smem(delta, scratch.delta.at[slot], full)
-            if turns is not None:
+            if plan.takes_turns:
                 # Not before the loads that the step before needs to get to its turn.
                 pl.when(step > 0)(lambda: await_turn(loop, step - 1))
 
         lax.fori_loop(0, loop.num_steps, load_block, None)
-        if turns is not None:
+        if plan.takes_turns:
             await_turn(loop, loop.num_steps - 1)
         return first_step + loop.num_steps
 
@@ -399,7 +399,7 @@ def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     outputs = Outputs(dk, dv, dq)
     scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
     turns = None
-    if plan.takes_turns:
+    if plan.takes_turns and not plan.interpret:
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_turns,)))
     wgs = plan.config.compute_warpgroups
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.sm90_bwd_plan import (
+    NUM_TURN_BARRIERS,
     Inputs,
     Outputs,
     Plan,
@@ -33,7 +34,8 @@ class Loop(NamedTuple):
     inputs: Inputs
     outputs: Outputs
     scratch: Scratch
-    turns: Any  # [B * N * num_q_blocks], semaphores: warpgroups that have added to dQ; or None
+    turns: Any  # [B * N * num_q_blocks], semaphores: warpgroups that have added to dQ; None if
+    # nobody counts them: in any order, and in the interpreter, which runs the tiles in order
     tile: Tile
     queries: QueryRange
     first_step: Array  # blocks that this CTA has met before: numbers the stages
@@ -62,7 +64,7 @@ class Loop(NamedTuple):
 
     def turn_slot(self, step: Array) -> Array:
         """Returns which barrier tells that it is this tile's turn to add to dQ of a step."""
-        return lax.rem(self.first_step + step, jnp.int32(2))
+        return lax.rem(self.first_step + step, jnp.int32(NUM_TURN_BARRIERS))
 
     def ds(self, step: Array) -> Any:
         """Returns the buffer of dS^T of a step, `[block_kv, block_q]`."""
@@ -109,6 +111,7 @@ def add_dq(loop: Loop, step: Array, part: Array | int, dq: Array) -> None:
     queries = pl.ds(block * plan.config.block_q + rows.start, rows.size)
     if plan.interpret:
         target = loop.outputs.dq.at[loop.tile.kv_tile, loop.tile.batch, queries, head, columns]
+        _if_first(part, lambda: _take_turn(loop, step))
         target[...] = dq
         return
     target = loop.outputs.dq.at[loop.tile.batch, queries, head, columns]
@@ -147,16 +150,17 @@ def _turn_counter(loop: Loop, step: Array) -> Any:
 def await_turn(loop: Loop, step: Array) -> None:
     """Waits until all tiles that come before have added to the dQ of a step; tells `compute`."""
     plan = loop.plan
-    _, block = loop.block(step)
-    before = turn_of(plan, loop.inputs, loop.tile, block) * plan.config.compute_warpgroups
-    counter = _turn_counter(loop, step)
-    plgpu.semaphore_wait(counter, before, decrement=False, memory_scope="gpu")
+    if loop.turns is not None:
+        _, block = loop.block(step)
+        before = turn_of(plan, loop.inputs, loop.tile, block) * plan.config.compute_warpgroups
+        counter = _turn_counter(loop, step)
+        plgpu.semaphore_wait(counter, before, decrement=False, memory_scope="gpu")
     plgpu.barrier_arrive(loop.scratch.turn.at[loop.turn_slot(step)])
 
 
 def _take_turn(loop: Loop, step: Array) -> None:
     """Waits until it is this tile's turn to add to dQ of a step."""
-    if loop.turns is not None:
+    if loop.plan.takes_turns:
         plgpu.barrier_wait(loop.scratch.turn.at[loop.turn_slot(step)])
 
 

@@ -18,6 +18,11 @@ from pallas_kernels.flash_attention.config import AttentionSpec, BackwardConfig
 from pallas_kernels.flash_attention.sm90_fwd_plan import divmod_int32
 from pallas_kernels.mosaic import ROWS, scratch_bytes, tile_transforms
 
+# At the end of a tile the producer announces two turns without waiting in between for anything
+# that `compute` does after it has taken the turn before them. With two barriers the second would
+# complete a barrier on which a warpgroup still waits, which then waits for ever.
+NUM_TURN_BARRIERS = 3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -106,8 +111,8 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether tiles add to dQ in a fixed order; the interpreter runs them in order anyway."""
-        return self.spec.deterministic is not False and not self.interpret
+        """Whether tiles add to dQ in a fixed order."""
+        return self.spec.deterministic is not False
 
     @property
     def num_turns(self) -> int:
@@ -135,7 +140,7 @@ class Scratch(NamedTuple):
     q_free: Any  # compute -> producer, one per stage
     do_free: Any  # compute -> producer, one per stage
     exchange: Any  # compute -> compute: dS^T of all warpgroups is in shared memory
-    turn: Any  # producer -> compute, two in turn: dQ of a step may be added to; or None
+    turn: Any  # producer -> compute, several in turn: dQ of a step may be added to; or None
 
 
 def scratch_types(plan: Plan) -> Scratch:
@@ -169,7 +174,7 @@ def scratch_types(plan: Plan) -> Scratch:
         q_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=q_stages),
         do_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=do_stages),
         exchange=plgpu.Barrier(num_arrivals=wgs),
-        turn=plgpu.Barrier(num_barriers=2) if plan.takes_turns else None,
+        turn=plgpu.Barrier(num_barriers=NUM_TURN_BARRIERS) if plan.takes_turns else None,
     )
 
 

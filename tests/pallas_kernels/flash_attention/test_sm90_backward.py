@@ -227,7 +227,7 @@ def test_shared_memory_of_the_default_config_by_hand():
     q = do = 2 * 64 * 128 * 2
     ds, dq = 2 * 128 * 64 * 2, 2 * 64 * 64 * 4
     statistics = 2 * 1024  # 2 * 64 floats each, aligned
-    barriers = 8 * (2 + 4 * 2 + 1 + 2)
+    barriers = 8 * (2 + 4 * 2 + 1 + 3)
     total = k + v + q + do + ds + dq + statistics + barriers + 2176
     assert sm90_bwd_plan.smem_bytes(plan) == total
 
