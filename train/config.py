@@ -153,6 +153,8 @@ class Fp8Config:
     """8-bit format of the output gradients."""
     skip_layers: tuple[str, ...] = ()
     """Glob patterns of GEMM names (such as "*.down") that stay in bf16."""
+    head: bool = False
+    """Run the three GEMMs of the output head in FP8 too; never with the recipe bf16."""
     quantize_implementation: Literal["xla", "mosaic"] = "xla"
     """xla: any device. mosaic: Hopper's Pallas kernels, which cast and transpose in one pass."""
     weight_grad_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -416,6 +418,11 @@ class TrainConfig:
                 "tokens of a microbatch (batch-size / accumulation-steps * sequence-length)"
                 f" = {tokens}",
                 tokens,
+            ),
+            *(
+                [(f"--model.vocab-size={model.vocab_size} (--fp8.head)", model.vocab_size)]
+                if self.fp8.head
+                else []
             ),
         ):
             _require(

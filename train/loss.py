@@ -91,6 +91,23 @@ def _chunk_loss(chunk, kernel, z_loss):
     hidden, targets, weights = chunk
     with jax.named_scope("head"):
         logits = jnp.einsum("bcd,dv->bcv", hidden, kernel, preferred_element_type=jnp.float32)
+    loss, nll, dlogits = token_losses(logits, targets, weights, z_loss)
+    return loss, nll, dlogits.astype(hidden.dtype)
+
+
+def token_losses(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss sum and nll sum, and the gradient of the former, of the tokens of a chunk.
+
+    Args:
+      logits: float32 [B, C, V].
+      targets: int32 [B, C].
+      weights: float32 [B, C].
+      z_loss: as in `cross_entropy`.
+
+    Returns: two float32 scalars, and dlogits float32 [B, C, V].
+    """
     lse = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = (lse - target_logit) * weights
@@ -99,15 +116,32 @@ def _chunk_loss(chunk, kernel, z_loss):
     onehot = targets[..., None] == jnp.arange(logits.shape[-1])
     slope = (1 + 2 * z_loss * lse)[..., None] * softmax
     dlogits = jnp.where(onehot, slope - 1, slope) * weights[..., None]
-    return loss.sum(), nll.sum(), dlogits.astype(hidden.dtype)
+    return loss.sum(), nll.sum(), dlogits
+
+
+def chunk_count(batch: int, length: int, vocab_size: int, *, row_multiple: int = 1) -> int:
+    """Into how many chunks each row of tokens is cut.
+
+    Args:
+      batch: B.
+      length: T.
+      vocab_size: V.
+      row_multiple: that the tokens of a chunk, of all rows together, are a multiple of.
+    """
+    count = 1
+    while (
+        length % (2 * count) == 0
+        and batch * length // (2 * count) % row_multiple == 0
+        and batch * length // count * vocab_size > _MAX_CHUNK_LOGITS
+    ):
+        count *= 2
+    return count
 
 
 def _chunks(hidden, targets, weights, vocab_size):
     """Splits [B, T, ...] along T into [chunks, B, C, ...]: a sharded batch stays sharded."""
     batch, length = targets.shape
-    count = 1
-    while length % (2 * count) == 0 and batch * length // count * vocab_size > _MAX_CHUNK_LOGITS:
-        count *= 2
+    count = chunk_count(batch, length, vocab_size)
     return tuple(
         jnp.moveaxis(x.reshape(batch, count, length // count, *x.shape[2:]), 1, 0)
         for x in (hidden, targets, weights)

@@ -2,7 +2,7 @@
 
 RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al. 2021,
 arXiv:2104.09864), grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) and SwiGLU
-(Shazeer 2020, arXiv:2002.05202). Embedding, norms and head stay out of FP8.
+(Shazeer 2020, arXiv:2002.05202). Embedding and norms stay out of FP8; the head if it is skipped.
 
 Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head dim, F ffn, V
   vocabulary.
@@ -179,6 +179,20 @@ class Block(nnx.Module):
             return x + self.ffn(self.ffn_norm(x))
 
 
+class HeadDot(nnx.Module):
+    """FP8 state of the dot with the output head; the loss computes it, in chunks."""
+
+    def __init__(self, recipe: jfp8.Recipe):
+        self.recipe = recipe
+        state = jfp8.init_state(recipe) if recipe.quantizes else None
+        self.scaling = nnx.data(None if state is None else jfp8.nnx.Scaling(state))
+
+    @property
+    def state(self) -> jfp8.ScalingState | None:
+        """None if the head is not in FP8."""
+        return None if self.scaling is None else self.scaling.get_value()
+
+
 class Transformer(nnx.Module):
     """Embedding, blocks and final norm; the head's matrix is applied by the loss, in chunks.
 
@@ -193,7 +207,7 @@ class Transformer(nnx.Module):
 
         Args:
           config: sizes and choices.
-          recipe: of the GEMMs of the blocks.
+          recipe: of the GEMMs of the blocks, and of the head where it does not skip `head`.
           rngs: seeds the parameters.
           has_taps: the tensors of the blocks can be measured; see `train.taps`.
         """
@@ -213,6 +227,7 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nnx.Param(normal(rngs.params(), shape[::-1], jnp.float32))
+        self.logits = HeadDot(recipe.for_layer("head"))
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None

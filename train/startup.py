@@ -15,7 +15,7 @@ from train.run_directory import atomic_write
 from train.state import TrainState, parameter_count
 from train.step import CompiledSteps
 
-# The GEMMs of the decoder blocks; embedding and head are not meant to run in FP8.
+# The GEMMs of the decoder blocks, and those of the head if it is meant to run in FP8.
 _BLOCK_GEMMS = r"fp8_dot|bf16_dot"
 _FP8_COMPUTE_CAPABILITY = 8.9
 _RUN_FILES = (
@@ -90,9 +90,14 @@ def describe_gemms(config: TrainConfig, report: diagnostics.DotReport) -> str:
     emulated = "" if jax.default_backend() == "gpu" else "; emulated: this device has no FP8 GEMM"
     return (
         f"recipe {config.fp8.recipe}: {report.fp8_count} of {len(report.gemms)}"
-        f" block GEMMs in FP8, {report.fp8_flop_fraction:.1%} of their FLOPs"
+        f" {_what(config)} GEMMs in FP8, {report.fp8_flop_fraction:.1%} of their FLOPs"
         f"{emulated if report.fp8_count else ''}"
     )
+
+
+def _what(config: TrainConfig) -> str:
+    """Whose GEMMs a `gemm_report` is about."""
+    return "block and head" if config.fp8.head and config.fp8.recipe != "bf16" else "block"
 
 
 def check_fp8_share(
@@ -112,9 +117,9 @@ def check_fp8_share(
     if report.fp8_flop_fraction < fp8.minimum_fraction * asked_for:
         others = ", ".join(sorted({gemm.op_name for gemm in report.gemms if not gemm.is_fp8}))
         raise ConfigError(
-            f"only {report.fp8_flop_fraction:.1%} of the block GEMM FLOPs were compiled to FP8,"
-            f" less than --fp8.minimum-fraction={fp8.minimum_fraction} of the {asked_for:.1%} that"
-            f" were asked for; not in FP8: {others[:400]}"
+            f"only {report.fp8_flop_fraction:.1%} of the {_what(config)} GEMM FLOPs were compiled"
+            f" to FP8, less than --fp8.minimum-fraction={fp8.minimum_fraction} of the"
+            f" {asked_for:.1%} that were asked for; not in FP8: {others[:400]}"
         )
 
 

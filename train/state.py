@@ -36,7 +36,7 @@ def make_recipe(config: Fp8Config) -> jfp8.Recipe:
         calibration="explicit",
         quantize_implementation=config.quantize_implementation,
         weight_grad_dtype=config.weight_grad_dtype,
-        skip=config.skip_layers,
+        skip=config.skip_layers if config.head else (*config.skip_layers, "head"),
     )
 
 

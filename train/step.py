@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import jfp8
 import jfp8.nnx
 from train.config import TrainConfig
+from train.fp8_head import fp8_cross_entropy
 from train.loss import cross_entropy
 from train.mesh import batch_sharding
 from train.optimizer import learning_rate_schedule
@@ -64,13 +65,12 @@ def make_loss(config: TrainConfig, graph: nnx.GraphDef) -> Callable:
             jfp8.nnx.attach_kernel_casts(model, casts)
         segment_ids = batch["segment_ids"] if config.data.document_mask else None
         hidden = model(batch["tokens"], batch["positions"], segment_ids)
-        return cross_entropy(
-            hidden,
-            model.head_kernel(),
-            batch["targets"],
-            batch["loss_weights"] / total_weight,
-            z_loss=config.optimizer.z_loss,
-        )
+        weights = batch["loss_weights"] / total_weight
+        arguments = hidden, model.head_kernel(), batch["targets"], weights
+        head, z_loss = model.logits, config.optimizer.z_loss
+        if not head.recipe.quantizes:
+            return cross_entropy(*arguments, z_loss=z_loss)
+        return fp8_cross_entropy(*arguments, head.state, recipe=head.recipe, z_loss=z_loss)
 
     return loss
 

@@ -18,7 +18,7 @@ from train.config import (
 )
 from train.mesh import make_mesh
 from train.optimizer import make_optimizer
-from train.state import create_state
+from train.state import abstract_state, create_state
 from train.step import (
     abstract_batch,
     compile_steps,
@@ -105,6 +105,26 @@ def test_loss_starts_uniform_and_falls_on_one_batch(recipe):
     _, losses = run(config, steps=8, batches=[batch] * 8)
     assert abs(losses[0] - np.log(MODEL.vocab_size)) < 0.1
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_fp8_head_trains_from_a_calibrated_state():
+    config = replace(CONFIG, fp8={"head": True})
+    batch = make_batch(config)
+    state, losses = run(config, steps=8, batches=[batch] * 8)
+    assert abs(losses[0] - np.log(MODEL.vocab_size)) < 0.1
+    assert losses[-1] < losses[0] - 0.5
+    scale = state.scaling["logits"]["scaling"].scale
+    # Weights of 1 / 100 or so bound dlogits, and E5M2 holds 57344.
+    assert np.isfinite(scale).all() and 2.0**-24 <= scale[2] <= 2.0**-22
+    assert health_names(state.scaling) == ["down", "gate_up", "logits", "out", "qkv"]
+
+
+def test_a_head_in_fp8_is_an_option_of_fp8_recipes_alone():
+    for fp8, has_state in (({}, False), ({"head": True}, True)):
+        for recipe in ("delayed", "bf16"):
+            config = replace(CONFIG, fp8={"recipe": recipe, **fp8})
+            state = abstract_state(config, *programs(config)[:2])
+            assert ("logits" in state.scaling) == (has_state and recipe == "delayed")
 
 
 def test_two_runs_are_bitwise_equal():
