@@ -21,7 +21,13 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn_binding
 from benchmarks.attention import Shape
 from benchmarks.attention_worker import emit, inputs, options_of, spec_of, time_interleaved
 from pallas_kernels import Fp8Options, flash_attention
-from pallas_kernels.flash_attention import fp8, sm90_bwd_fp8, sm90_fp8, sm90_fwd_fp8, tuning
+from pallas_kernels.flash_attention import (
+    fp8_quantize,
+    sm90_bwd_fp8,
+    sm90_fp8,
+    sm90_fwd_fp8,
+    tuning,
+)
 from pallas_kernels.flash_attention.config import AttentionSpec
 
 Call = Callable[..., Any]
@@ -295,14 +301,14 @@ def _contenders(shape: Shape, task: dict[str, Any]) -> dict[str, Call]:
         if task["candidate"] is not None:
             return calls
         calls["fp8 with quantising"] = functools.partial(jax.jit(whole), q, k, v)
-        own = jax.jit(_own_transposes(whole))
-        calls["fp8 with quantising, own transposes"] = functools.partial(own, q, k, v)
+        own = jax.jit(_own_quantising(whole))
+        calls["fp8 with quantising, own kernels"] = functools.partial(own, q, k, v)
     else:
         calls = {"fp8 kernel": _backward_kernel(spec, *arrays)}
         for contender, call in (
             ("cudnn bf16", bf16),
             ("fp8 with quantising", whole),
-            ("fp8 with quantising, own transposes", _own_transposes(whole)),
+            ("fp8 with quantising, own kernels", _own_quantising(whole)),
         ):
             _, vjp = jax.vjp(call, q, k, v)
             calls[contender] = functools.partial(jax.jit(lambda f, x: f(x)), vjp, dout)
@@ -313,9 +319,9 @@ def _contenders(shape: Shape, task: dict[str, Any]) -> dict[str, Call]:
     return calls
 
 
-def _own_transposes(call: Call) -> Call:
-    """The same call with operands from the project's own kernel instead of XLA."""
-    return functools.partial(call, fp8_options=Fp8Options(transpose="mosaic"))
+def _own_quantising(call: Call) -> Call:
+    """The same call, quantised by the project's own kernels instead of XLA."""
+    return functools.partial(call, fp8_options=Fp8Options(quantize_implementation="mosaic"))
 
 
 def _forward_config(spec: AttentionSpec, candidate: int | None) -> Any:
@@ -334,7 +340,9 @@ def _forward_kernel(spec: AttentionSpec, config: Any, q: Any, k: Any, v: Any) ->
 
     @jax.jit
     def prepare(q: Any, k: Any, v: Any) -> Any:
-        return sm90_fp8.forward_operands(fp8.quantize_inputs(q, k, v, spec), None, None, plan)
+        return sm90_fp8.forward_operands(
+            fp8_quantize.quantize_inputs(q, k, v, spec), None, None, plan
+        )
 
     run = jax.jit(lambda operands: sm90_fwd_fp8.launch(*operands, plan=plan))
     return functools.partial(run, jax.block_until_ready(prepare(q, k, v)))
@@ -346,10 +354,10 @@ def _backward_kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, dout: Any) -> 
 
     @jax.jit
     def prepare(q: Any, k: Any, v: Any, dout: Any) -> Any:
-        quantised = fp8.quantize_inputs(q, k, v, spec)
+        quantised = fp8_quantize.quantize_inputs(q, k, v, spec)
         out, statistics = sm90_fp8.fp8_forward(quantised, None, None, spec)
         dlse = jnp.zeros(out.shape[:3], jnp.float32)
-        gradients = fp8.quantize_gradients(quantised, statistics, out, dout, dlse, spec)
+        gradients = fp8_quantize.quantize_gradients(quantised, statistics, out, dout, dlse, spec)
         return sm90_fp8.backward_operands(quantised, gradients, None, None, plan)
 
     run = jax.jit(lambda operands: sm90_bwd_fp8.launch(operands, plan=plan))

@@ -30,14 +30,15 @@ class Fp8Options:
     """Precision of the backward's matrix products."""
     deterministic: bool = False
     """Add dq in a fixed order."""
-    transpose: Literal["xla", "mosaic"] = "xla"
-    """Who transposes factors for the Mosaic kernels: XLA, or a kernel that reads each once."""
+    quantize_implementation: Literal["xla", "mosaic"] = "xla"
+    """Who rounds and transposes factors for the Mosaic kernels: XLA, or kernels that read each
+    tensor once."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("gradient_format", ("e4m3", "e5m2")),
             ("backward", ("fp8", "bf16")),
-            ("transpose", ("xla", "mosaic")),
+            ("quantize_implementation", ("xla", "mosaic")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")

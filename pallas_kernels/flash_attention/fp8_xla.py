@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.flash_attention import fp8_quantize
 from pallas_kernels.flash_attention.config import AttentionSpec
 from pallas_kernels.flash_attention.fp8 import (
-    BLOCK_KV,
+    BLOCK,
     E4M3,
     MAX_RISE,
     P_BITS,
@@ -26,6 +27,8 @@ from pallas_kernels.flash_attention.fp8 import (
     Inputs,
     Statistics,
     exponent_factor,
+    heads_last,
+    rows_of,
 )
 from pallas_kernels.flash_attention.masks import dense_mask
 from pallas_kernels.reference import attention_reference
@@ -36,21 +39,26 @@ MAX_LOGITS_BYTES = 2**28
 _MIN_CHUNK = 64
 
 
+def quantize_inputs(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Inputs:
+    """Implements `fp8_vjp.Kernels.quantize_inputs`."""
+    return fp8_quantize.quantize_inputs(q, k, v, spec)
+
+
 def fp8_forward(
     inputs: Inputs,
     q_segment_ids: Array | None,
     kv_segment_ids: Array | None,
     spec: AttentionSpec,
 ) -> tuple[Array, Statistics]:
-    """Implements `fp8.Kernels.fp8_forward`."""
-    factor = exponent_factor(inputs, spec)[:, :, None, None, None]
-    padding = -spec.key_length % BLOCK_KV
-    v = _heads_first(_pad(_widen(inputs.v), padding))
+    """Implements `fp8_vjp.Kernels.fp8_forward`."""
+    padding = -spec.key_length % BLOCK
+    v = _widen(inputs.v) * heads_last(rows_of(inputs.v_scale, spec.key_length))
+    v = _heads_first(_pad(v, padding))
 
-    def chunk(first: Array, q: Array, ids: Array | None) -> tuple[Array, Array, Array]:
-        x = _masked_logits(inputs, q, first, ids, kv_segment_ids, spec) * factor
+    def chunk(first: Array, q: Any, ids: Array | None) -> tuple[Array, Array, Array]:
+        x = _masked_logits(inputs, q, first, ids, kv_segment_ids, spec)
         x = jnp.pad(x, ((0, 0),) * 4 + ((0, padding),), constant_values=-jnp.inf)
-        x = x.reshape(*x.shape[:4], -1, BLOCK_KV)
+        x = x.reshape(*x.shape[:4], -1, BLOCK)
         local = x.max(axis=-1)
         running = lax.cummax(local, axis=local.ndim - 1, reverse=True)
         reference = jnp.maximum(local, running - MAX_RISE)
@@ -64,11 +72,10 @@ def fp8_forward(
         p = p.reshape(*p.shape[:4], -1)
         safe_sum = jnp.where(is_empty[..., 0], 1.0, row_sum)
         out = _dot("bkgts,bksh->bkgth", p, v) / safe_sum[..., None]
-        out *= inputs.v_scale[:, :, None, None, None]
         lse2 = jnp.where(is_empty[..., 0], -jnp.inf, total[..., 0] + jnp.log2(safe_sum) - P_BITS)
         return _heads_last(out).astype(spec.dtype), _merge(lse2), _merge(total[..., 0])
 
-    out, lse2, row_max = _over_chunks(chunk, spec, inputs.q, q_segment_ids)
+    out, lse2, row_max = _over_chunks(chunk, spec, _queries(inputs, spec), q_segment_ids)
     return out, Statistics(lse2.transpose(0, 2, 1), row_max.transpose(0, 2, 1))
 
 
@@ -79,16 +86,16 @@ def fp8_backward(
     kv_segment_ids: Array | None,
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8.Kernels.fp8_backward`."""
-    factor = exponent_factor(inputs, spec)[:, :, None, None, None]
-    k, v = (_heads_first(_widen(x)) for x in (inputs.k, inputs.v))
-    rows = [x.transpose(0, 2, 1) for x in (gradients.offset, gradients.slope, gradients.delta)]
+    """Implements `fp8_vjp.Kernels.fp8_backward`."""
+    k, v = (_heads_first(_widen(x)) for x in (gradients.k_rows, inputs.v))
+    slope = rows_of(gradients.slope, spec.key_length)[:, :, None, None, :]
+    rows = [x.transpose(0, 2, 1) for x in (gradients.offset, gradients.delta)]
 
     def chunk(first: Array, operands: Any, ids: Array | None) -> tuple[Array, Array, Array]:
-        q, dout, dout_rows, q_rows, offset, slope, delta = operands
+        q, dout, dout_rows, q_rows, offset, delta = operands
         dout, dout_rows, q_rows = (_group(_widen(x), spec) for x in (dout, dout_rows, q_rows))
-        offset, slope, delta = (_group(x[..., None], spec) for x in (offset, slope, delta))
-        x = _masked_logits(inputs, q, first, ids, kv_segment_ids, spec) * factor
+        offset, delta = (_group(x[..., None], spec) for x in (offset, delta))
+        x = _masked_logits(inputs, q, first, ids, kv_segment_ids, spec)
         p = jnp.exp2(x - offset)
         ds = p * (_dot("bkgth,bksh->bkgts", dout, v) * slope - delta)
         # What is masked stays 0 even where the gradient is not finite.
@@ -98,9 +105,14 @@ def fp8_backward(
         dk = _dot("bkgts,bkgth->bksh", ds, q_rows)
         return _heads_last(dq), dk, _dot("bkgts,bkgth->bksh", p, dout_rows)
 
-    operands = (inputs.q, gradients.dout, gradients.dout_rows, gradients.q_rows, *rows)
+    factors = (gradients.dout, gradients.dout_rows, gradients.q_rows)
+    operands = (_queries(inputs, spec), *factors, *rows)
     dq, dk, dv = _over_chunks(chunk, spec, operands, q_segment_ids, num_sums=2)
-    return dq, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+    dk, dv = (
+        (x.transpose(0, 2, 1, 3) * factor[:, None, :, None]).astype(spec.dtype)
+        for x, factor in ((dk, gradients.dk_factor), (dv, gradients.dv_factor))
+    )
+    return dq, dk, dv
 
 
 def bf16_backward(
@@ -113,7 +125,7 @@ def bf16_backward(
     gradients: tuple[Array, Array],
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8.Kernels.bf16_backward`: the gradient of attention in q's own precision."""
+    """Implements `fp8_vjp.Kernels.bf16_backward`: the gradient of attention in q's own precision."""
     del outputs  # recomputed
 
     def chunk(first: Array, operands: Any, ids: Array | None) -> tuple[Array, Array, Array]:
@@ -138,19 +150,27 @@ def bf16_backward(
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
+def _queries(inputs: Inputs, spec: AttentionSpec) -> tuple[Array, Array]:
+    """q8, and its factor c / k_scale for each row, `[B, T, N]`."""
+    return inputs.q, rows_of(exponent_factor(inputs, spec), spec.query_length).transpose(0, 2, 1)
+
+
 def _masked_logits(
     inputs: Inputs,
-    q: Array,
+    queries: tuple[Array, Array],
     first: Array,
     q_ids: Array | None,
     kv_ids: Array | None,
     spec: AttentionSpec,
 ) -> Array:
-    """q8 . k8 of some queries, `[B, K, G, T, S]`, -inf where masked."""
+    """x of some queries, `[B, K, G, T, S]`, -inf where masked."""
+    q, factor = queries
     s = _dot("bkgth,bksh->bkgts", _group(_widen(q), spec), _heads_first(_widen(inputs.k)))
-    queries = jnp.arange(q.shape[1], dtype=jnp.int32) + first
+    s *= _group(factor[..., None], spec)
+    s *= rows_of(inputs.k_scale, spec.key_length)[:, :, None, None, :]
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32) + first
     keys = jnp.arange(spec.key_length, dtype=jnp.int32)
-    mask = dense_mask(spec.band, queries, keys, q_ids, kv_ids)
+    mask = dense_mask(spec.band, positions, keys, q_ids, kv_ids)
     return s if mask is None else jnp.where(mask[:, None, None], s, -jnp.inf)
 
 

@@ -3,10 +3,11 @@
 The maths is `fp8`'s. A CTA owns 128 keys of one key/value head, 64 for each of its two compute
 warpgroups, and visits the blocks of 64 queries that see them, head by head of the group:
   X^T = c K Q^T,        P^T = exp2(X^T - offset)            both round8 of P^T and dS^T stay in the
-  dP^T = V dO^T,        dS^T = P^T (slope dP^T - delta)     accumulator's registers as A operands
+  dP^T = V (dO 2^-R)^T, dS^T = P^T (slope dP^T - delta)     accumulator's registers as A operands
   dV += P^T dO 2^-E,    dK += dS^T q 2^(R - E - t)          accumulators of the whole tile
   dQ += dS K                                                in float32 to global memory, by TMA
-offset, slope and delta are numbers of each query; their powers of two bound P and dS ahead of time.
+offset and delta are numbers of each query, slope of the CTA, c of both; powers of two in them bound
+P and dS ahead of time. dK and dV leave in the output's type, times a factor of the head.
 
   warpgroup      does                                       waits for              then arrives at
   compute 0, 1   S^T, dP^T, dV, dK for 64 keys;             kv_full rows_full      rows_free
@@ -104,11 +105,20 @@ class Inputs(NamedTuple):
     q_t: Any  # [B, N, H, T]: q 2^(R - E - t), in the order of permute_16
     dout_t: Any  # [B, N, H, T]: dO 2^-E, in the order of permute_16
     k_t: Any  # [B, K, H, S], in the order of permute_28
-    rows: Any  # [B, N, T / BLOCK_Q, 3, BLOCK_Q], float32: offset, slope, delta
-    factor: Any  # [B, K], float32: c
+    rows: Any  # [B, N, T / BLOCK_Q, 3, BLOCK_Q], float32: offset, delta, c / k_scale
+    scalars: Any  # [B, K, num_kv_tiles, 4], float32: `Scalars`
     block_ranges: Any  # [B or 1, num_kv_tiles, 4], int32: `BlockRange` of query blocks
     q_ids: Any = None  # [B, T], int32, or None
     kv_ids: Any = None  # [B, S], int32, or None
+
+
+class Scalars(NamedTuple):
+    """Numbers of a tile of keys."""
+
+    k_scale: Any
+    slope: Any
+    dk_factor: Any
+    dv_factor: Any
 
 
 class Scratch(NamedTuple):
@@ -124,7 +134,7 @@ class Scratch(NamedTuple):
     rows: Any  # [num_stages, 3, BLOCK_Q], float32
     q_ids: Any  # [num_stages, BLOCK_Q], int32, or None
     ds: Any  # [2, BLOCK_Q, ROWS]: dS of each warpgroup, as bytes and as units of 16 bits
-    dq: Any  # [2, BLOCK_Q, dq_columns], float32
+    staging: Any  # what leaves: dQ [2, BLOCK_Q, dq_columns], float32, or dK, dV [2, ROWS, H]
     operands: Any  # [2, 2, ROWS, BLOCK_Q], interpreter only: A operands of dV and dK
     kv_full: Any  # TMA -> compute
     rows_full: Any  # TMA -> compute, one per stage: q, dout and the numbers of each query
@@ -146,6 +156,8 @@ def scratch_types(plan: Plan) -> Scratch:
 
     ds = tile((_WARPGROUPS, BLOCK_Q, ROWS))
     units = tile((_WARPGROUPS, BLOCK_Q, ROWS // 2), jnp.bfloat16)
+    dq = tile((_WARPGROUPS, BLOCK_Q, plan.dq_columns), jnp.float32)
+    gradients = tile((_WARPGROUPS, ROWS, h), plan.spec.dtype)
     barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
     return Scratch(
         k=tile((TILE_KV, h)),
@@ -158,7 +170,8 @@ def scratch_types(plan: Plan) -> Scratch:
         rows=plgpu.SMEM((stages, 3, BLOCK_Q), jnp.float32),
         q_ids=plgpu.SMEM((stages, BLOCK_Q), jnp.int32) if has_segments else None,
         ds=ds if plan.interpret else plgpu.RefUnion((units,), (ds,)),
-        dq=tile((_WARPGROUPS, BLOCK_Q, plan.dq_columns), jnp.float32),
+        # The interpreter knows no unions; it adds to dQ without staging.
+        staging=((), (gradients,)) if plan.interpret else plgpu.RefUnion((dq,), (gradients,)),
         operands=tile((_WARPGROUPS, 2, ROWS, BLOCK_Q)) if plan.interpret else None,
         kv_full=plgpu.Barrier(num_arrivals=2 + _WARPGROUPS),
         rows_full=barrier(num_arrivals=3 + has_segments),
@@ -196,6 +209,11 @@ class _Tile(NamedTuple):
 
         lax.fori_loop(0, self.plan.group, in_head, None)
         return self.plan.group * count
+
+    def scalars(self) -> Scalars:
+        """The numbers of this tile."""
+        index = self.batch, self.kv_head, self.kv_tile
+        return Scalars(*(self.inputs.scalars[*index, i] for i in range(4)))
 
     def slot(self, step: Array) -> Array:
         """The buffers of a step."""
@@ -264,13 +282,13 @@ def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
     if plan.spec.has_segments:
         ids = tile.inputs.kv_ids.at[tile.batch, pl.ds(first_key, ROWS)]
         kv_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
-    factor = tile.inputs.factor[tile.batch, tile.kv_head]
+    scalars = tile.scalars()
     plgpu.barrier_wait(scratch.kv_full)
 
     def run(dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
         def step(head: Array, block: Array, step: Array) -> None:
             slot = tile.slot(step)
-            p, ds = _probabilities(tile, factor, kv_ids, block, slot)
+            p, ds = _probabilities(tile, scalars, kv_ids, block, slot)
             _add_dk_dv(tile, dk_acc, dv_acc, p, ds, slot)
             dq = _dq(tile, ds)
             plgpu.barrier_arrive(scratch.columns_free.at[slot])
@@ -281,14 +299,21 @@ def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
 
     accumulator = plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
     dk, dv = pl.run_scoped(run, accumulator, accumulator)
-    keys = pl.ds(first_key, ROWS)
-    dk_gmem.at[tile.batch, keys, tile.kv_head][...] = dk
-    dv_gmem.at[tile.batch, keys, tile.kv_head][...] = dv
+    # Reading these anew is cheaper than holding them in registers through the loop.
+    scalars = tile.scalars()
+    for value, target in ((dk * scalars.dk_factor, dk_gmem), (dv * scalars.dv_factor, dv_gmem)):
+        _, (buffer,) = scratch.staging
+        buffer = buffer.at[wg]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = value.astype(plan.spec.dtype)
+        plgpu.commit_smem()
+        keys = pl.ds(first_key, ROWS)
+        plgpu.copy_smem_to_gmem(buffer, target.at[tile.batch, keys, tile.kv_head])
     plgpu.wait_smem_to_gmem(0)
 
 
 def _probabilities(
-    tile: _Tile, factor: Array, kv_ids: Array | None, block: Array, slot: Array
+    tile: _Tile, scalars: Scalars, kv_ids: Array | None, block: Array, slot: Array
 ) -> tuple[Array, Array]:
     """Returns P'^T and dS'^T of one block of queries, `[ROWS, BLOCK_Q]`, float32."""
     scratch = tile.scratch
@@ -306,13 +331,14 @@ def _probabilities(
         return jnp.exp2(s * factor - column(0)), dp_acc[...]
 
     plgpu.barrier_wait(scratch.rows_full.at[slot])
+    factor = scratch.rows[slot, 2, 0] * scalars.k_scale
     accumulator = plgpu.ACC((ROWS, BLOCK_Q), jnp.float32)
     p, dp = pl.run_scoped(products, accumulator, accumulator)
-    slope, delta = column(1), column(2)
+    delta = column(1)
     if tile.plan.interpret:  # whose race detector wants reads ordered before TMA's next write
         plgpu.commit_smem()
     plgpu.barrier_arrive(scratch.rows_free.at[slot])
-    return p, p * (dp * slope - delta)
+    return p, p * (dp * scalars.slope - delta)
 
 
 def _mask(tile: _Tile, kv_ids: Array | None, block: Array, slot: Array, s: Array) -> Array:
@@ -389,10 +415,11 @@ def _send_dq(tile: _Tile, dq_gmem: Any, dq: Array, head: Array, block: Array) ->
     if plan.interpret:
         target[...] = target[...] + dq
     else:
+        (staged,), _ = scratch.staging
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        scratch.dq.at[wg][...] = dq
+        staged.at[wg][...] = dq
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch.dq.at[wg], target, reduction_op="add")
+        plgpu.copy_smem_to_gmem(staged.at[wg], target, reduction_op="add")
     plgpu.barrier_wait(scratch.ds_free)
 
 
@@ -419,14 +446,14 @@ def launch(inputs: Inputs, *, plan: Plan) -> tuple[Array, Array, Array]:
     """Runs the kernel.
 
     Returns:
-      dQ `[B, T, N, H]`, dK and dV `[B, S, K, H]`, float32, with padded lengths: the sums of
-      `fp8.Kernels.fp8_backward`.
+      dQ `[B, T, N, H]`, float32, dK and dV `[B, S, K, H]`, with padded lengths: what
+      `fp8_vjp.Kernels.fp8_backward` returns.
     """
     spec = plan.spec
     scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
     keys = jax.ShapeDtypeStruct(
         (spec.batch_size, plan.num_kv_tiles * TILE_KV, spec.num_kv_heads, spec.head_dim),
-        jnp.float32,
+        spec.dtype,
     )
     queries = (spec.batch_size, plan.num_q_blocks * BLOCK_Q, spec.num_heads, spec.head_dim)
     dq = jax.new_ref(jnp.zeros(queries, jnp.float32))

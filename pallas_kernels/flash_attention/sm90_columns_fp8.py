@@ -1,7 +1,7 @@
 """Operands of the FP8 attention kernels for sm_90a: rows and columns from one read of a tensor.
 
 For each head of x `[B, L, heads, H]`:
-  rows[l] = round8(x[l] * row_scale),        columns[:, p] = round8(x[l] * factor[l])
+  rows[l] = round8(x[l] * row_factor[l]),        columns[:, p] = round8(x[l] * factor[l])
 with position p of l as `fp8.permute_16` or `fp8.permute_28` puts it. Without this kernel XLA casts,
 and then transposes 8-bit numbers in a pass of its own.
 
@@ -129,18 +129,20 @@ def _scratch_types(plan: Plan) -> dict[str, Any]:
     as_units = tile((parts, h, width // 2), jnp.bfloat16)
     types = {
         "x": tile((2, ROWS, h), plan.input_dtype),
-        "factor": plgpu.SMEM((2, ROWS), jnp.float32),
+        "factors": plgpu.SMEM((1 + plan.writes_rows, 2, ROWS), jnp.float32),
         "columns": as_bytes if plan.interpret else plgpu.RefUnion((as_units,), (as_bytes,)),
-        "full": plgpu.Barrier(num_arrivals=3),
+        "full": plgpu.Barrier(num_arrivals=3),  # TMA -> this warpgroup: x, factors
     }
     if plan.writes_rows:
         types["rows"] = tile((2, ROWS, h), plan.dtype)
     return types
 
 
-def _kernel(*refs: Any, plan: Plan, x: Any, factor: Any, columns: Any, full: Any, rows: Any = None):
+def _kernel(
+    *refs: Any, plan: Plan, x: Any, factors: Any, columns: Any, full: Any, rows: Any = None
+):
     """One tile."""
-    x_gmem, factor_gmem, scale_gmem, columns_gmem, *rows_gmem = refs
+    x_gmem, factors_gmem, columns_gmem, *rows_gmem = refs
     heads = jnp.int32(plan.shape[2])
     tile, index = lax.axis_index("tile"), lax.axis_index("head")
     batch, head = lax.div(index, heads), lax.rem(index, heads)
@@ -154,17 +156,18 @@ def _kernel(*refs: Any, plan: Plan, x: Any, factor: Any, columns: Any, full: Any
 
     for a in (0, 1):
         plgpu.copy_gmem_to_smem(half(x_gmem, a), x.at[a], full)
-    plgpu.copy_gmem_to_smem(factor_gmem.at[batch, head, tile], factor, full)
+    plgpu.copy_gmem_to_smem(factors_gmem.at[batch, head, tile], factors, full)
     plgpu.barrier_wait(full)
-    scale = scale_gmem[batch, head]
+
+    def times(value: Array, which: int, a: int) -> Array:
+        factor = plgpu.load(factors.at[which, a], layout=PER_ROW)
+        return value * lax.broadcast_in_dim(factor, value.shape, [0])
+
     values = [plgpu.load(x.at[a], layout=MATRIX).astype(jnp.float32) for a in (0, 1)]
     if plan.writes_rows:
         for a, value in enumerate(values):
-            rows.at[a][...] = _round(plan, value * scale)
-    factors = [plgpu.load(factor.at[a], layout=PER_ROW) for a in (0, 1)]
-    scaled = [
-        v * lax.broadcast_in_dim(f, v.shape, [0]) for v, f in zip(values, factors, strict=True)
-    ]
+            rows.at[a][...] = _round(plan, times(value, 1, a))
+    scaled = [times(value, 0, a) for a, value in enumerate(values)]
     targets = columns if plan.interpret else columns[0][0]
     if plan.order == 28:
         for a, value in enumerate(scaled):
@@ -202,7 +205,7 @@ def columns_and_rows(
     *,
     dtype: Any,
     order: Order,
-    row_scale: Array | None = None,
+    row_factor: Array | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array | None]:
     """Runs the kernel.
@@ -212,7 +215,7 @@ def columns_and_rows(
       factor: `[B, heads, L]`, float32: on each row of the columns.
       dtype: of the results: float8_e4m3fn or float8_e5m2.
       order: of the columns.
-      row_scale: `[B, heads]`, float32: on the rows; None if these are not wanted.
+      row_factor: like factor, on the rows; None if these are not wanted.
       interpret: run in the CPU interpreter.
 
     Returns:
@@ -226,18 +229,19 @@ def columns_and_rows(
         input_dtype=x.dtype,
         dtype=jnp.dtype(dtype),
         order=order,
-        writes_rows=row_scale is not None,
+        writes_rows=row_factor is not None,
         interpret=interpret,
     )
     padded = plan.num_tiles * TILE_ROWS
-    factor = jnp.pad(factor, ((0, 0), (0, 0), (0, padded - length)))
-    factor = factor.reshape(batch, heads, plan.num_tiles, TILE_ROWS)
+    factors = jnp.stack([factor] if row_factor is None else [factor, row_factor], axis=2)
+    factors = jnp.pad(factors, ((0, 0), (0, 0), (0, 0), (0, padded - length)))
+    factors = factors.reshape(*factors.shape[:3], plan.num_tiles, TILE_ROWS).swapaxes(2, 3)
     if order == 16:  # even rows, then odd ones
-        factor = factor.reshape(*factor.shape[:3], ROWS, 2).swapaxes(3, 4)
-    factor = factor.reshape(batch, heads, plan.num_tiles, 2, ROWS)
+        factors = factors.reshape(*factors.shape[:4], ROWS, 2).swapaxes(4, 5)
+    factors = factors.reshape(*factors.shape[:4], 2, ROWS)
     view = (batch, x.shape[1] // 2, 2, heads, h) if order == 16 else x.shape
     out_type = [jax.ShapeDtypeStruct((batch, heads, h, padded), plan.dtype)]
-    if row_scale is not None:
+    if row_factor is not None:
         out_type.append(jax.ShapeDtypeStruct(view, plan.dtype))
     columns, *rows = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
@@ -248,7 +252,7 @@ def columns_and_rows(
         kernel_name=f"fp8_columns_{order}",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(x.reshape(view), factor, jnp.ones((batch, heads)) if row_scale is None else row_scale)
-    if row_scale is None:
+    )(x.reshape(view), factors)
+    if row_factor is None:
         return columns, None
     return columns, rows[0].reshape(x.shape)[:, :length]

@@ -15,6 +15,8 @@ from jax import Array
 from pallas_kernels import hardware
 from pallas_kernels.flash_attention import (
     fp8,
+    fp8_quantize,
+    fp8_vjp,
     sm90,
     sm90_bwd_fp8,
     sm90_columns_fp8,
@@ -56,7 +58,12 @@ def attention(
 ) -> tuple[Array, Array]:
     """Computes out `[B, T, N, H]` and lse `[B, T, N]`, float32; differentiable."""
     kernels = sys.modules[__name__]
-    return fp8.attention(q, k, v, q_segment_ids, kv_segment_ids, spec, kernels)
+    return fp8_vjp.attention(q, k, v, q_segment_ids, kv_segment_ids, spec, kernels)
+
+
+def quantize_inputs(q: Array, k: Array, v: Array, spec: AttentionSpec) -> fp8.Inputs:
+    """Implements `fp8_vjp.Kernels.quantize_inputs`."""
+    return fp8_quantize.quantize_inputs(q, k, v, spec)
 
 
 def fp8_forward(
@@ -68,10 +75,10 @@ def fp8_forward(
     config: ForwardConfig | None = None,
     interpret: bool = False,
 ) -> tuple[Array, fp8.Statistics]:
-    """Implements `fp8.Kernels.fp8_forward`.
+    """Implements `fp8_vjp.Kernels.fp8_forward`.
 
     Args:
-      inputs: as `fp8.quantize_inputs` makes them.
+      inputs: as `fp8_quantize.quantize_inputs` makes them.
       q_segment_ids: `[B, T]`, int32, or None.
       kv_segment_ids: `[B, S]`, int32, or None.
       spec: what to compute.
@@ -100,12 +107,15 @@ def forward_operands(
     segments = None
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = sm90.segment_operands(plan, q_segment_ids, kv_segment_ids)
-    v_t = _columns(inputs.v, plan.padded_key_length, 16, plan.spec, plan.interpret)
+    v_t = inputs.v_columns
+    if v_t is None:
+        v_t = _columns(inputs.v, plan.padded_key_length, 16)
     return (
         sm90.pad_length(inputs.q),
         sm90.pad_length(inputs.k),
         v_t,
         fp8.exponent_factor(inputs, plan.spec),
+        sm90_fwd_fp8.block_scales(inputs.k_scale, inputs.v_scale, plan),
         inputs.v_scale,
         segments,
     )
@@ -120,7 +130,7 @@ def fp8_backward(
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8.Kernels.fp8_backward`; `interpret` runs it in the CPU interpreter."""
+    """Implements `fp8_vjp.Kernels.fp8_backward`; `interpret` runs it in the CPU interpreter."""
     reason = _backward_unsupported_reason(spec)
     if reason is not None:
         raise NotImplementedError(f"precision='fp8' cannot be differentiated here: {reason}")
@@ -142,32 +152,26 @@ def backward_operands(
     key_length = plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV
     queries = functools.partial(_pad, length=length)
     keys = functools.partial(_pad, length=key_length)
-    source, dout = gradients.source, gradients.dout
-    if plan.spec.fp8.transpose == "mosaic":
-        run = functools.partial(
-            sm90_columns_fp8.columns_and_rows, order=16, interpret=plan.interpret
-        )
-        q_t, _ = run(inputs.q, source.q_factor, dtype=fp8.E4M3)
-        dout_t, dout_rows = run(
-            source.dout, source.dout_factor, dtype=dout.dtype, row_scale=source.dout_inverse
-        )
-        assert dout_rows is not None, "asked for by row_scale"
-        dout = dout_rows
-    else:
-        q_t = _columns(gradients.q_rows, length, 16, plan.spec)
-        dout_t = _columns(gradients.dout_rows, length, 16, plan.spec)
+    dout, q_t, dout_t, k_t = _backward_factors(inputs, gradients, plan)
     rows = jnp.stack(
         [
             _pad_rows(x, length, value)
             for x, value in (
                 (gradients.offset, fp8.NO_ROW),
-                (gradients.slope, 0.0),
                 (gradients.delta, 0.0),
+                (fp8.rows_of(fp8.exponent_factor(inputs, plan.spec), plan.spec.query_length), 0.0),
             )
         ],
         axis=2,
     )
     rows = rows.reshape(*rows.shape[:3], -1, sm90_bwd_fp8.BLOCK_Q).swapaxes(2, 3)
+    scalars = sm90_bwd_fp8.Scalars(
+        inputs.k_scale,
+        gradients.slope,
+        gradients.dk_factor[..., None],
+        gradients.dv_factor[..., None],
+    )
+    scalars = jnp.stack(jnp.broadcast_arrays(*scalars), axis=3)
     ids = None, None
     if q_segment_ids is not None and kv_segment_ids is not None:
         ids = sm90.pad_ids(q_segment_ids, length), sm90.pad_ids(kv_segment_ids, key_length)
@@ -178,13 +182,41 @@ def backward_operands(
         dout=queries(dout),
         q_t=q_t,
         dout_t=dout_t,
-        k_t=_columns(inputs.k, key_length, 28, plan.spec, plan.interpret),
+        k_t=k_t,
         rows=rows,
-        factor=fp8.exponent_factor(inputs, plan.spec),
+        scalars=scalars,
         block_ranges=query_block_ranges(plan, *ids),
         q_ids=ids[0],
         kv_ids=ids[1],
     )
+
+
+def _backward_factors(
+    inputs: fp8.Inputs, gradients: fp8.Gradients, plan: sm90_bwd_fp8.Plan
+) -> tuple[Array, Array, Array, Array]:
+    """Returns dO by rows, and by columns q, dO and k."""
+    source = gradients.source
+    if plan.spec.fp8.quantize_implementation == "xla":
+        length = plan.num_q_blocks * sm90_bwd_fp8.BLOCK_Q
+        key_length = plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV
+        return (
+            gradients.dout,
+            _columns(gradients.q_rows, length, 16),
+            _columns(gradients.dout_rows, length, 16),
+            _columns(gradients.k_rows, key_length, 28),
+        )
+    run = functools.partial(sm90_columns_fp8.columns_and_rows, interpret=plan.interpret)
+    q_t, _ = run(inputs.q, source.q_factor, dtype=fp8.E4M3, order=16)
+    k_t, _ = run(inputs.k, source.k_factor, dtype=fp8.E4M3, order=28)
+    dout_t, dout = run(
+        source.dout,
+        source.dout_rows_factor,
+        dtype=gradients.dout.dtype,
+        order=16,
+        row_factor=source.dout_factor,
+    )
+    assert dout is not None, "asked for by row_factor"
+    return dout, q_t, dout_t, k_t
 
 
 def query_block_ranges(plan: sm90_bwd_fp8.Plan, q_ids: Array | None, kv_ids: Array | None) -> Array:
@@ -234,19 +266,8 @@ def _backward_unsupported_reason(spec: AttentionSpec) -> str | None:
     return None
 
 
-def _columns(
-    x: Array,
-    length: int,
-    order: sm90_columns_fp8.Order,
-    spec: AttentionSpec,
-    interpret: bool = False,
-) -> Array:
-    """Transposes 8-bit `[B, L, heads, H]` to `[B, heads, H, length or more]`, zero beyond L."""
-    if spec.fp8.transpose == "mosaic":
-        ones = jnp.ones((x.shape[0], x.shape[2], x.shape[1]), jnp.float32)
-        return sm90_columns_fp8.columns_and_rows(
-            x, ones, dtype=x.dtype, order=order, interpret=interpret
-        )[0]
+def _columns(x: Array, length: int, order: sm90_columns_fp8.Order) -> Array:
+    """Transposes 8-bit `[B, L, heads, H]` to `[B, heads, H, length]`, zero beyond L, by XLA."""
     permute = fp8.permute_16 if order == 16 else fp8.permute_28
     return permute(_pad(x, length).transpose(0, 2, 3, 1), 3)
 
@@ -271,7 +292,7 @@ def bf16_backward(
     gradients: tuple[Array, Array],
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8.Kernels.bf16_backward`."""
+    """Implements `fp8_vjp.Kernels.bf16_backward`."""
     spec = dataclasses.replace(spec, precision="bf16", deterministic=spec.fp8.deterministic)
     ids = q_segment_ids, kv_segment_ids
     return sm90.backward(q, k, v, *ids, *outputs, *gradients, spec)

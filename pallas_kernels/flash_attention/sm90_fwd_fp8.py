@@ -1,18 +1,19 @@
 """Flash attention forward for sm_90a in FP8 (E4M3), written in Pallas Mosaic GPU.
 
 The maths is `fp8`'s. For each tile of queries, over the blocks j of keys that it sees, last first:
-  X_j = c Q K_j^T,   u = max(u, rowmax(X_j)),   r_j = max(rowmax(X_j), u - MAX_RISE)
-  P_j = exp2(X_j - r_j + P_BITS),   l = l d + rowsum(P_j),   O = O d + round8(P_j) V_j,
-  d = exp2(r_{j+1} - r_j);   at the end out = v_scale O / l,  lse2 = r + log2(l) - P_BITS
+  X_j = c_j Q K_j^T,   u = max(u, rowmax(X_j)),   r_j = max(rowmax(X_j), u - MAX_RISE)
+  P_j = exp2(X_j - r_j + P_BITS),   l = l d + rowsum(P_j),   O = O d sv_{j+1} / sv_j + round8(P_j) V_j,
+  d = exp2(r_{j+1} - r_j);   at the end out = sv_j O / l,  lse2 = r + log2(l) - P_BITS
 Each P_j V_j has a fresh accumulator, which is added to O in float32: the tensor cores keep about 14
 bits of an 8-bit product's sum, which one block does not exhaust, and the addition is also the
-rescaling of O (cf. Zhang et al. 2024, arXiv:2411.10958). Head dim 256 has no registers for that.
+rescaling of O, to which V's scale is no more work (cf. Zhang et al. 2024, arXiv:2411.10958). Head
+dim 256 has no registers for that, and rescales O before.
 
 The warps and barriers are those of `sm90_fwd_bf16`:
 
   warpgroup             does                                    waits for            then arrives at
   compute 0..C-1        X, softmax, O for 64 queries each       q_full k_full v_full k_free v_free
-  q_free producer (last)       TMA loads of Q, K, V^T, segment ids     q_free k_free v_free (TMA)
+  q_free producer (last)       TMA loads of Q, scales, K, V^T, ids     q_free k_free v_free (TMA)
   q_full k_full v_full
 
 P leaves the registers of X's accumulator and becomes the A operand of P V without moving
@@ -38,7 +39,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.fp8 import E4M3, MAX_RISE, P_BITS, Statistics
+from pallas_kernels.flash_attention.fp8 import BLOCK, E4M3, MAX_RISE, P_BITS, Statistics
 from pallas_kernels.flash_attention.sm90_fwd_loop import (
     NEG_INF,
     Loop,
@@ -108,10 +109,12 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scra
         if plan.spec.has_segments:
             ids = inputs.q_ids.at[tile.batch, pl.ds(first_query, ROWS)]
             q_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
-        factor = inputs.factor[tile.batch, _kv_head(plan, tile)]
+        factor = inputs.factor[tile.batch, tile.head, lax.div(first_query, jnp.int32(BLOCK))]
         plgpu.barrier_wait(scratch.q_full)
         state = _attend(Loop(plan, scratch, blocks, first_query, step, q_ids), factor)
-        _store(plan, inputs, outputs, scratch, tile_of(plan, index()), state)
+        tile = tile_of(plan, index())
+        v_scale = inputs.v_scale[tile.batch, _kv_head(plan, tile), _scale_block(plan, blocks.start)]
+        _store(plan, outputs, scratch, tile, v_scale, state)
         return step + blocks.stop - blocks.start
 
     for_each_tile(plan, scratch, compute_tile, computes=True)
@@ -123,6 +126,11 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scra
 def _kv_head(plan: Plan, tile: Tile) -> Array:
     """Index of the tile's key/value head."""
     return lax.div(tile.head, jnp.int32(plan.spec.num_heads // plan.spec.num_kv_heads))
+
+
+def _scale_block(plan: Plan, block: Array) -> Array:
+    """Index of the scale of a block of keys."""
+    return lax.div(block, jnp.int32(BLOCK // plan.config.block_kv))
 
 
 def _attend(loop: Loop, factor: Array) -> _State:
@@ -137,7 +145,7 @@ def _attend(loop: Loop, factor: Array) -> _State:
     )
     if not plan.config.ping_pong:
         state = for_each_block(loop, functools.partial(_block, loop, factor), state, first=0)
-        plgpu.barrier_arrive(loop.scratch.q_free)
+        _free_q(loop)
         return state
     first = jnp.int32(0)
     wait_for_k(loop, first)
@@ -145,11 +153,18 @@ def _attend(loop: Loop, factor: Array) -> _State:
     logits = _first_logits(loop)
     step = functools.partial(_block_in_turn, loop, factor)
     state, logits = lax.fori_loop(0, loop.num_blocks - 1, step, (state, logits))
-    plgpu.barrier_arrive(loop.scratch.q_free)
     last = loop.num_blocks - 1
     p, decay, state = _softmax(loop, factor, last, mask(loop, last, logits), state)
+    _free_q(loop)
     plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(last)])
     return state._replace(out=_add_pv(loop, last, p, decay, state.out))
+
+
+def _free_q(loop: Loop) -> None:
+    """Hands the buffers of Q and of the scales back."""
+    if loop.plan.interpret:  # whose race detector wants reads ordered before TMA's next write
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(loop.scratch.q_free)
 
 
 def _block(loop: Loop, factor: Array, may_be_masked: bool, j: Array, state: _State) -> _State:
@@ -242,9 +257,11 @@ def _add_pv(loop: Loop, j: Array, p: Array, decay: Array, out: Array) -> Array:
 def _softmax(
     loop: Loop, factor: Array, j: Array, logits: Array, state: _State
 ) -> tuple[Array, Array, _State]:
-    """Returns P of block j's masked logits in 8 bits, d, and the state but for O."""
+    """Returns P of block j's masked logits in 8 bits, the factor on O, and the state but for O."""
     # The products have read the block's keys, the mask its segment ids.
     plgpu.barrier_arrive(loop.scratch.k_free.at[loop.stage(j)])
+    block = loop.blocks.stop - 1 - j
+    factor *= loop.scratch.scales[0, block]
     local = logits.max(axis=1) * factor
     top = jnp.maximum(state.top, local)
     reference = jnp.maximum(local, top - MAX_RISE) - float(P_BITS)
@@ -253,6 +270,7 @@ def _softmax(
     decay = jnp.exp2(state.reference - reference)
     p = jnp.exp2(logits * factor - spread_rows(reference, logits.shape))
     row_sum = state.row_sum * decay + partial_row_sums(p, interpret=loop.plan.interpret)
+    decay *= loop.scratch.scales[1, block]
     operand = accumulator_as_8_bit_operand(p, E4M3, interpret=loop.plan.interpret)
     # Converted before the product starts: its registers must not change while it runs.
     operand, reference, top, row_sum, decay = pin(
@@ -263,10 +281,10 @@ def _softmax(
 
 def _store(
     plan: Plan,
-    inputs: Inputs,
     outputs: tuple[Any, ...],
     scratch: Scratch,
     tile: Tile,
+    v_scale: Array,
     state: _State,
 ) -> None:
     """Normalises O, writes it through shared memory, and the statistics directly."""
@@ -279,7 +297,7 @@ def _store(
     queries = pl.ds(tile.q_tile * plan.tile_q + wg * ROWS, ROWS)
     lse2_gmem.at[tile.batch, tile.head, queries][...] = lse2
     top_gmem.at[tile.batch, tile.head, queries][...] = state.top
-    inverse = inputs.v_scale[tile.batch, _kv_head(plan, tile)] / row_sum
+    inverse = v_scale / row_sum
     out_smem = scratch.out.at[pl.ds(wg * ROWS, ROWS)]
     # The previous tile's output may still be on its way out of this buffer.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -289,11 +307,33 @@ def _store(
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[tile.batch, queries, tile.head])
 
 
+def block_scales(k_scale: Array, v_scale: Array, plan: Plan) -> Array:
+    """Returns what the loop multiplies by in each of its blocks of keys.
+
+    Args:
+      k_scale: `[B, K, S / BLOCK]`, float32.
+      v_scale: like k_scale.
+      plan: gives the number of blocks.
+
+    Returns:
+      `[B, K, 2, num_kv_blocks rounded up]`: k_scale of block j; v_scale of block j + 1, which is met
+      before, over that of block j.
+    """
+    repeats = BLOCK // plan.config.block_kv
+    ratio = jnp.concatenate([v_scale[..., 1:], v_scale[..., -1:]], axis=2) / v_scale
+    k_scale = jnp.repeat(k_scale, repeats, axis=2)
+    ones = jnp.ones((*ratio.shape, repeats - 1), ratio.dtype)
+    ratio = jnp.concatenate([ones, ratio[..., None]], axis=3).reshape(k_scale.shape)
+    scales = jnp.stack([k_scale, ratio], axis=2)
+    return jnp.pad(scales, ((0, 0),) * 3 + ((0, plan.num_scales - scales.shape[3]),))
+
+
 def launch(
     q: Array,
     k: Array,
     v_t: Array,
     factor: Array,
+    scales: Array,
     v_scale: Array,
     segments: tuple[Array, Array, Array] | None,
     *,
@@ -305,8 +345,9 @@ def launch(
       q: `[B, T, N, H]`, E4M3; T and S may be rounded up to `GMEM_ROWS` here.
       k: `[B, S, K, H]`, E4M3.
       v_t: `[B, K, H, padded S]`, E4M3, zero in the padding, keys in the order of `fp8.permute_16`.
-      factor: `[B, K]`, float32: c.
-      v_scale: `[B, K]`, float32.
+      factor: `[B, N, T / BLOCK]`, float32: c / k_scale.
+      scales: see `block_scales`.
+      v_scale: `[B, K, S / BLOCK]`, float32.
       segments: ids `[B, padded T]` and `[B, padded S]`, and block ranges `[B, num_q_tiles, 4]`, all
         int32; or None.
       plan: shapes, config and device.
@@ -320,7 +361,7 @@ def launch(
     )
     out, lse2, top = launch_forward(
         _compute,
-        (q, k, v_t, factor, v_scale),
+        (q, k, v_t, factor, scales, v_scale),
         segments,
         plan=plan,
         out_types=(jax.ShapeDtypeStruct(q.shape, spec.dtype), rows, rows),

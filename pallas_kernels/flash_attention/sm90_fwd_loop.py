@@ -100,6 +100,9 @@ def produce(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
         plgpu.copy_gmem_to_smem(
             inputs.q.at[tile.batch, queries, tile.head], scratch.q, scratch.q_full
         )
+        if plan.spec.precision == "fp8":
+            scales = inputs.scales.at[tile.batch, kv_head]
+            plgpu.copy_gmem_to_smem(scales, scratch.scales, scratch.q_full)
 
         def load_block(j: Array, step: Array) -> Array:
             slot = lax.rem(step, jnp.int32(stages))
@@ -309,7 +312,7 @@ def launch_forward(
 
     Args:
       compute: what a compute warpgroup does with plan, inputs, outputs and scratch.
-      arrays: q, k, v, and in FP8 the factor and V's scale; see `Inputs`.
+      arrays: q, k, v, and in FP8 the factor and the scales; see `Inputs`.
       segments: ids of queries and keys, and block ranges; or None.
       plan: shapes, config and device.
       out_types: of the outputs.

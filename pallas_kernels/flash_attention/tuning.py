@@ -14,7 +14,7 @@ from pallas_kernels.flash_attention.config import (
     ForwardConfig,
     Precision,
 )
-from pallas_kernels.flash_attention.fp8 import BLOCK_KV as FP8_BLOCK_KV
+from pallas_kernels.flash_attention.fp8 import BLOCK as FP8_BLOCK
 from pallas_kernels.flash_attention.sm90_fwd_plan import Plan, smem_bytes
 from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
 
@@ -47,7 +47,7 @@ def forward_config(spec: AttentionSpec) -> ForwardConfig:
     """Returns the config for `spec`: the tuned one, or for a window that of the causal mask."""
     table = tuned_forward_configs(spec.precision)
     kind = mask_kind(spec)
-    if spec.precision == "fp8" and kind == "window" and spec.key_length % FP8_BLOCK_KV:
+    if spec.precision == "fp8" and kind == "window" and spec.key_length % FP8_BLOCK:
         kind = "packed"  # its two bounds and the end of the keys need more registers, too
     config = table.get((spec.head_dim, kind)) or table[(spec.head_dim, "causal")]
     # A single warpgroup has nobody to take turns with, and short queries would leave it idle.
@@ -102,7 +102,7 @@ def _fp8_candidates() -> Iterator[ForwardConfig]:
         (True, True, True),
     )
     for wgs, (block_kv, stages), schedule in itertools.product(
-        (3, 2), ((128, 4), (128, 2), (256, 2), (64, 4)), schedules
+        (3, 2), ((128, 4), (128, 2), (64, 4)), schedules
     ):
         ping_pong, overlap, persistent = schedule
         yield ForwardConfig(

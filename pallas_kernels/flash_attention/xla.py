@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.flash_attention import fp8, fp8_xla
+from pallas_kernels.flash_attention import fp8_vjp, fp8_xla
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES, AttentionSpec
 from pallas_kernels.reference import attention_reference
 
@@ -60,7 +60,7 @@ def _attention(
     spec: AttentionSpec,
 ) -> tuple[Array, Array]:
     if spec.precision == "fp8":
-        return fp8.attention(q, k, v, q_segment_ids, kv_segment_ids, spec, fp8_xla)
+        return fp8_vjp.attention(q, k, v, q_segment_ids, kv_segment_ids, spec, fp8_xla)
     run = functools.partial(attention_reference, softmax_scale=spec.softmax_scale, band=spec.band)
     chunk = query_chunk(spec)
     if chunk == spec.query_length:

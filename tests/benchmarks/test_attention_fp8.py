@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks import attention, attention_fp8_worker, attention_worker
 from benchmarks.attention import SHAPES
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention import fp8, sm90_bwd_fp8, sm90_fp8
+from pallas_kernels.flash_attention import fp8_quantize, sm90_bwd_fp8, sm90_fp8
 
 
 def test_every_shape_is_timed_with_its_shipped_config():
@@ -71,10 +71,10 @@ def test_kernels_of_the_largest_shapes_lower_with_what_the_benchmark_gives_them(
         backward_plan = sm90_bwd_fp8.Plan(spec=spec)
 
         def both(q, k, v, dout):
-            inputs = fp8.quantize_inputs(q, k, v, spec)
+            inputs = fp8_quantize.quantize_inputs(q, k, v, spec)
             out, statistics = sm90_fp8.fp8_forward(inputs, None, None, spec)
             dlse = jnp.zeros(out.shape[:3], jnp.float32)
-            gradients = fp8.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
+            gradients = fp8_quantize.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
             operands = sm90_fp8.backward_operands(inputs, gradients, None, None, backward_plan)
             return sm90_bwd_fp8.launch(operands, plan=backward_plan)
 

@@ -201,8 +201,8 @@ def test_scale_is_the_smallest_power_of_two_that_fits(amax):
     assert amax / scale <= 448.0 < 2 * amax / scale
 
 
-def test_scale_of_zero_is_one_and_of_infinity_nan():
-    assert fp8.scale_of(jnp.float32(0), 448.0) == 1.0
+def test_scale_of_zero_is_the_smallest_and_of_infinity_nan():
+    assert fp8.scale_of(jnp.float32(0), 448.0, 2.0**-40) == 2.0**-40
     assert np.isnan(fp8.scale_of(jnp.float32(np.inf), 448.0))
     assert np.isnan(fp8.scale_of(jnp.float32(np.nan), 448.0))
 

@@ -29,7 +29,7 @@ def example(length, h, dtype):
     rng = np.random.default_rng(0)
     x = (40 * rng.standard_normal((2, length, 2, h))).astype(dtype)
     factor = np.exp2(rng.integers(-4, 5, (2, 2, length))).astype(np.float32)
-    return x, factor, np.exp2(rng.integers(-3, 3, (2, 2))).astype(np.float32)
+    return x, factor, np.exp2(rng.integers(-3, 3, (2, 2, length))).astype(np.float32)
 
 
 def round8(x, dtype):
@@ -45,7 +45,7 @@ def expected(x, factor, scale, order, dtype):
     columns = np.pad(columns, ((0, 0), (0, -x.shape[1] % 128), (0, 0), (0, 0)))
     columns = columns.transpose(0, 2, 3, 1)
     index = np.arange(columns.shape[3]).reshape(-1, 16)[:, ORDERS[order]].ravel()
-    return columns[..., index], round8(wide * scale[:, None, :, None], dtype)
+    return columns[..., index], round8(wide * scale.transpose(0, 2, 1)[..., None], dtype)
 
 
 def assert_bits_equal(got, want):
@@ -60,7 +60,7 @@ def test_interpreted_kernel_has_every_bit(length, h, order, source, dtype, rows)
         jnp.asarray(factor),
         dtype=dtype,
         order=order,
-        row_scale=jnp.asarray(scale) if rows else None,
+        row_factor=jnp.asarray(scale) if rows else None,
         interpret=True,
     )
     assert not interpret_pallas_call.get_races().races_found
@@ -81,7 +81,7 @@ def test_kernel_has_every_bit(length, h, order, source, dtype, rows):
         jnp.asarray(factor),
         dtype=dtype,
         order=order,
-        row_scale=jnp.asarray(scale) if rows else None,
+        row_factor=jnp.asarray(scale) if rows else None,
     )
     want, want_rows = expected(x, factor, scale, order, dtype)
     assert_bits_equal(columns, want)
@@ -95,10 +95,10 @@ def test_compiles_for_sm90a_without_spills(length, h, order, source, dtype, rows
     with hardware.assume_device_kind("NVIDIA H200"):
         report = ptxas_report(
             lambda x, factor, scale: columns_and_rows(
-                x, factor, dtype=dtype, order=order, row_scale=scale if rows else None
+                x, factor, dtype=dtype, order=order, row_factor=scale if rows else None
             ),
             shape((2, 64 * length, 8, h), source),
             shape((2, 8, 64 * length), jnp.float32),
-            shape((2, 8), jnp.float32),
+            shape((2, 8, 64 * length), jnp.float32),
         )
     assert report.spilled_bytes == 0, report.text

@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import Fp8Options, flash_attention, hardware
-from pallas_kernels.flash_attention import fp8, fp8_xla, sm90_bwd_fp8, sm90_fp8
+from pallas_kernels.flash_attention import fp8, fp8_quantize, fp8_xla, sm90_bwd_fp8, sm90_fp8
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.compile_gate import ptxas_report
 from tests.pallas_kernels.flash_attention.test_sm90_fp8_forward import arguments, spec_of
@@ -21,7 +21,10 @@ INTERPRETED = [
         Case(name="packed_e5m2", b=2, t=140, s=140, n=1, k=1, h=64, segments="padded"),
         dict(gradient_format="e5m2"),
     ),
-    (Case(name="full_d128", b=1, t=192, s=128, n=1, k=1, h=128), dict(transpose="mosaic")),
+    (
+        Case(name="full_d128", b=1, t=192, s=128, n=1, k=1, h=128),
+        dict(quantize_implementation="mosaic"),
+    ),
 ]
 
 
@@ -34,16 +37,15 @@ def test_interpreted_kernel_rounds_as_the_twin_and_is_free_of_races(case, option
 
     @jax.jit
     def operands(q, k, v, dout, dlse):
-        inputs = fp8.quantize_inputs(q, k, v, spec)
+        inputs = fp8_quantize.quantize_inputs(q, k, v, spec)
         out, statistics = fp8_xla.fp8_forward(inputs, *ids, spec)
-        gradients = fp8.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
+        gradients = fp8_quantize.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
         return inputs, gradients, fp8_xla.fp8_backward(inputs, gradients, *ids, spec)
 
     inputs, gradients, twin = operands(q, k, v, dout, dlse)
     got = sm90_fp8.fp8_backward(inputs, gradients, *ids, spec, interpret=True)
     assert not interpret_pallas_call.get_races().races_found
-    wide = dataclasses.replace(spec, dtype="float32")
-    finished = fp8.finish_gradients(got, inputs, gradients, dlse, wide)
+    finished = fp8_quantize.finish_gradients(got, inputs, gradients, dlse, spec)
     for name, x, y, z in zip(("dq", "dk", "dv"), got, twin, finished, strict=True):
         x, y, z = (np.asarray(a, np.float64) for a in (x, y, z))
         # A number between two of E4M3 may go either way for the last bit of an exponential.
@@ -67,14 +69,15 @@ COMPILED = [
 def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
     spec = spec_of(case)
     q, k, v, *ids = arguments(case)
-    scale = jax.ShapeDtypeStruct((case.b, case.k), jnp.float32)
-    mean = jax.ShapeDtypeStruct((case.b, case.k, case.h), jnp.float32)
-    rows = jax.ShapeDtypeStruct((case.b, case.n, case.t), jnp.float32)
-    q, k, v = (jax.ShapeDtypeStruct(x.shape, fp8.E4M3) for x in (q, k, v))
-    inputs = fp8.Inputs(q, k, v, scale, scale, scale, scale, mean)
-    heads = jax.ShapeDtypeStruct((case.b, case.n), jnp.float32)
-    source = fp8.Source(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16), heads, rows, rows)
-    gradients = fp8.Gradients(q, q, q, rows, rows, rows, rows, scale, scale, source)
+
+    def operands(q, k, v, out):
+        inputs = fp8_quantize.quantize_inputs(q, k, v, spec)
+        rows = jnp.zeros((case.b, case.n, case.t))
+        dlse = jnp.zeros((case.b, case.t, case.n))
+        statistics = fp8.Statistics(rows, rows)
+        return inputs, fp8_quantize.quantize_gradients(inputs, statistics, out, out, dlse, spec)
+
+    inputs, gradients = jax.eval_shape(operands, q, k, v, q)
 
     def backward(inputs, gradients, q_ids=None, kv_ids=None):
         return sm90_fp8.fp8_backward(inputs, gradients, q_ids, kv_ids, spec)
@@ -88,7 +91,7 @@ def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(gradient_format="e5m2", transpose="mosaic"), dict(backward="bf16")],
+    [{}, dict(gradient_format="e5m2", quantize_implementation="mosaic"), dict(backward="bf16")],
     ids=str,
 )
 def test_the_whole_gradient_lowers_for_cuda(options):
@@ -108,8 +111,10 @@ def test_the_whole_gradient_lowers_for_cuda(options):
     with hardware.assume_device_kind("NVIDIA H200"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arguments(case))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Forward and backward; V, K, Q and dO transposed.
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == (6 if "transpose" in options else 2)
+    # Forward and backward; K, Q and dO transposed.
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == (
+        5 if "quantize_implementation" in options else 2
+    )
 
 
 def test_query_blocks_of_a_causal_mask_and_a_window_by_hand():

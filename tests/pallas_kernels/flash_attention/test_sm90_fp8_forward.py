@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import Fp8Options, flash_attention, hardware
-from pallas_kernels.flash_attention import fp8, fp8_xla, sm90, sm90_fp8, tuning
+from pallas_kernels.flash_attention import fp8, fp8_quantize, fp8_xla, sm90, sm90_fp8, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.flash_attention.masks import make_band
 from tests.pallas_kernels.cases import Case
@@ -56,7 +56,7 @@ def test_interpreted_kernel_rounds_as_the_twin_and_is_free_of_races(case, config
     expected = case.expected(q, k, v)
     spec = spec_of(case, center_keys=False)
     ids = [None if x is None else jnp.asarray(x) for x in case.segment_ids()]
-    inputs = jax.jit(lambda *qkv: fp8.quantize_inputs(*qkv, spec))(q, k, v)
+    inputs = jax.jit(lambda *qkv: fp8_quantize.quantize_inputs(*qkv, spec))(q, k, v)
     out, statistics = sm90_fp8.fp8_forward(inputs, *ids, spec, config=config, interpret=True)
     assert not interpret_pallas_call.get_races().races_found
     twin, twin_statistics = fp8_xla.fp8_forward(inputs, *ids, spec)
@@ -99,9 +99,7 @@ def compile_cases():
 def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
     spec = spec_of(case)
     q, k, v, *ids = arguments(case)
-    scale = jax.ShapeDtypeStruct((case.b, case.k), jnp.float32)
-    q, k, v = (jax.ShapeDtypeStruct(x.shape, fp8.E4M3) for x in (q, k, v))
-    inputs = fp8.Inputs(q, k, v, scale, scale, scale, scale, None)
+    inputs = jax.eval_shape(lambda *qkv: fp8_quantize.quantize_inputs(*qkv, spec), q, k, v)
 
     def forward(inputs, q_ids=None, kv_ids=None):
         return sm90_fp8.fp8_forward(inputs, q_ids, kv_ids, spec)

@@ -52,12 +52,12 @@ def test_forward_is_as_good_as_its_twin_and_repeats(case):
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (out, run(q, k, v)[0])))
 
 
-@pytest.mark.parametrize("transpose", ["xla", "mosaic"])
+@pytest.mark.parametrize("quantize_implementation", ["xla", "mosaic"])
 @pytest.mark.parametrize("gradient_format", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.h <= 128], ids=str)
-def test_backward_is_as_good_as_its_twin(case, gradient_format, transpose):
+def test_backward_is_as_good_as_its_twin(case, gradient_format, quantize_implementation):
     *qkv, dout, dlse = case.arrays(jnp.bfloat16)
-    options = dict(gradient_format=gradient_format, transpose=transpose)
+    options = dict(gradient_format=gradient_format, quantize_implementation=quantize_implementation)
 
     def gradients(call, arrays, dout):
         return jax.jit(lambda *qkv: jax.vjp(call, *qkv)[1]((dout, dlse)))(*arrays)
