@@ -1,9 +1,9 @@
 """Attention with 8-bit factors: what is rounded where; every implementation follows this.
 
 A tensor x is held as x ~= q * scale, q in float8 (E4M3 unless said otherwise) and scale a power of
-two for each block of BLOCK = 128 rows of a head, so that whoever reads a block once can quantise it.
-A power of two changes no bit of the significand: finer scales would only move the point where
-numbers underflow, 15 binades below the largest.
+two for each block of BLOCK = 128 rows of a head, so that who reads a block once can quantise it. A
+power of two changes no bit of the significand: finer scales would only move the point where numbers
+underflow, 15 binades below the largest.
 
 Inputs    k' = k - m,  q8 ~ (q M) / sq,  k8 ~ (k' M) / sk,  v8 ~ v / sv, a scale for each block;
   M is a Hadamard matrix with random signs, M M^T = H, and m near the mean key (any m does).
@@ -18,7 +18,7 @@ huge logit (an attention sink) does not flush the others to zero.
 Backward, all normalisers powers of two (integers E, R for each row, t, g, z for each head):
   E = floor(lse2 - u),  2^R >= (|dO| max_j |v_j| + |dlse|) 256 / 448,  g <= 256 max_j |v_j|
   dO8 ~ dO 2^-R g,  D = rowsum(dO8 * out) 2^R / g - dlse  from what the products take
-  P' = exp2(x - lse2 + E + P_BITS) in [0, 256],   dS' = P' (sv/g dO8 . v8 - D 2^-R), within 448 or so
+  P' = exp2(x - lse2 + E + P_BITS) in [0, 256],   dS' = P' (sv/g dO8 . v8 - D 2^-R) <= 448 or so
   dV = z 2^-P_BITS P'^T (dO 2^-E / z),   dK = softmax_scale 2^(t - P_BITS) dS'^T (q 2^(R - E - t))
   dQ = softmax_scale 2^(R - E - P_BITS) dS' k'
   with P', dS' and all factors rounded to 8 bits; bounds of P', dS' and dO8 are known ahead
@@ -33,7 +33,6 @@ A NaN or infinity in q, k or v makes NaN of everything that shares its scale, ma
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -51,8 +50,13 @@ MAX_RISE = 40.0
 """Bits by which a block's reference maximum may lie below the running one: bounds the sums."""
 NO_ROW = 1e30
 """Stands for lse2 of a row that sees no key: exp2(x - NO_ROW) is 0."""
-MIN_SCALE = 2.0**-40
+MIN_SCALE_EXPONENT = -40
+MIN_SCALE = 2.0**MIN_SCALE_EXPONENT
 """Smallest scale of a block: bounds the ratio of two, by which the forward multiplies."""
+E4M3_EXPONENT, E5M2_EXPONENT = 8, 15
+"""The largest numbers are 1.75 * 2**8 and 1.75 * 2**15."""
+SCALE_CARRY = 0x1FFFFF
+"""Added to the bits of a float32, it raises the exponent if the significand is more than 1.75."""
 
 _F32 = jnp.float32
 
@@ -116,10 +120,13 @@ def exponent_factor(inputs: Inputs, spec: AttentionSpec) -> Array:
 
 def scale_of(amax: Array, largest: float, smallest: float = 2.0**-126) -> Array:
     """The smallest power of two, from `smallest` on, with amax / scale <= largest; NaN if amax is
-    not finite.
+    not finite. `largest` is that of E4M3 or E5M2.
     """
-    scale = pow2(ceil_log2(jnp.maximum(amax.astype(_F32) / largest, smallest)))
-    return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+    bits = lax.bitcast_convert_type(amax.astype(_F32), jnp.int32) + SCALE_CARRY
+    top = E4M3_EXPONENT if largest == E4M3_MAX else E5M2_EXPONENT
+    exponent = lax.shift_right_logical(bits, jnp.int32(23)) - 127 - top
+    scale = jnp.maximum(pow2(exponent), smallest)
+    return jnp.where(amax < jnp.inf, scale, jnp.nan)
 
 
 def to_8_bits(
@@ -196,7 +203,7 @@ def permute_28(x: Array, axis: int) -> Array:
 
 
 def pow2(exponent: Array) -> Array:
-    """2**exponent of whole numbers, exactly (`jnp.exp2` may not be); the range of normal numbers."""
+    """2**exponent of whole numbers, exactly, as `jnp.exp2` may not be; clipped to -126..127."""
     biased = jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127
     return lax.bitcast_convert_type(biased << 23, _F32)
 

@@ -1,4 +1,4 @@
-"""FP8 attention as one differentiable call; the maths is `fp8`'s, the products an implementation's."""
+"""FP8 attention as one differentiable call; `fp8` has the maths, `Kernels` the work."""
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 

@@ -125,7 +125,7 @@ def bf16_backward(
     gradients: tuple[Array, Array],
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8_vjp.Kernels.bf16_backward`: the gradient of attention in q's own precision."""
+    """Implements `fp8_vjp.Kernels.bf16_backward`: the gradient in q's own precision."""
     del outputs  # recomputed
 
     def chunk(first: Array, operands: Any, ids: Array | None) -> tuple[Array, Array, Array]:

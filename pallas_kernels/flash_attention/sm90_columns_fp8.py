@@ -115,26 +115,67 @@ def _unit_positions(units: Array) -> Array:
     return shuffle(units)
 
 
+def store_columns(
+    halves: tuple[Array, Array], columns: Any, dtype: Any, order: Order, *, interpret: bool
+) -> None:
+    """Rounds the two halves of a tile, `[ROWS, H]` float32, and stores them transposed.
+
+    Args:
+      halves: rows 0 to 63 and the others for order 28, even and odd rows for order 16.
+      columns: shared memory of `columns_type`.
+      dtype: 8 bits.
+      order: of the columns.
+      interpret: use the twin in plain JAX.
+    """
+    targets = columns if interpret else columns[0][0]
+    if order == 28:
+        for a, value in enumerate(halves):
+            store_transposed_8_bits(value, targets.at[a], dtype, interpret=interpret)
+    elif interpret:
+        natural = jnp.stack(halves, axis=1).reshape(TILE_ROWS, -1)
+        targets.at[0][...] = round_saturating(fp8.permute_16(natural, 0).T, dtype, interpret=True)
+    else:
+        units = _unit_positions(pack_pairs(halves[0], halves[1], dtype))
+        targets.at[0].transpose((1, 0))[...] = units
+
+
+def send_columns(columns: Any, target: Any, tile: Array, order: Order, *, interpret: bool) -> None:
+    """Starts the TMA stores of what `store_columns` stored to `target`, `[H, L]`."""
+    sources = columns if interpret else columns[1][0]
+    parts = 2 if order == 28 else 1
+    width = TILE_ROWS // parts
+    for a in range(parts):
+        positions = pl.ds(tile * TILE_ROWS + a * width, width)
+        plgpu.copy_smem_to_gmem(sources.at[a], target.at[:, positions])
+
+
+def columns_type(channels: int, dtype: Any, order: Order, *, interpret: bool) -> Any:
+    """Shared memory of a tile's columns, as bytes and as units of 16 bits."""
+    # permute_28 fills two halves, permute_16 one whole.
+    parts, width = (2, ROWS) if order == 28 else (1, TILE_ROWS)
+    as_bytes = smem_tile((parts, channels, width), dtype)
+    as_units = smem_tile((parts, channels, width // 2), jnp.bfloat16)
+    return as_bytes if interpret else plgpu.RefUnion((as_units,), (as_bytes,))
+
+
+def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory as TMA and wgmma want it."""
+    transforms = tile_transforms(jnp.dtype(dtype).itemsize, shape[-1])
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
 def _scratch_types(plan: Plan) -> dict[str, Any]:
     """The shared-memory plan."""
     h = plan.channels
 
-    def tile(shape: tuple[int, ...], dtype: Any) -> Any:
-        transforms = tile_transforms(jnp.dtype(dtype).itemsize, shape[-1])
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-    # permute_28 fills two halves, permute_16 one whole.
-    parts, width = (2, ROWS) if plan.order == 28 else (1, TILE_ROWS)
-    as_bytes = tile((parts, h, width), plan.dtype)
-    as_units = tile((parts, h, width // 2), jnp.bfloat16)
     types = {
-        "x": tile((2, ROWS, h), plan.input_dtype),
+        "x": smem_tile((2, ROWS, h), plan.input_dtype),
         "factors": plgpu.SMEM((1 + plan.writes_rows, 2, ROWS), jnp.float32),
-        "columns": as_bytes if plan.interpret else plgpu.RefUnion((as_units,), (as_bytes,)),
+        "columns": columns_type(h, plan.dtype, plan.order, interpret=plan.interpret),
         "full": plgpu.Barrier(num_arrivals=3),  # TMA -> this warpgroup: x, factors
     }
     if plan.writes_rows:
-        types["rows"] = tile((2, ROWS, h), plan.dtype)
+        types["rows"] = smem_tile((2, ROWS, h), plan.dtype)
     return types
 
 
@@ -166,37 +207,26 @@ def _kernel(
     values = [plgpu.load(x.at[a], layout=MATRIX).astype(jnp.float32) for a in (0, 1)]
     if plan.writes_rows:
         for a, value in enumerate(values):
-            rows.at[a][...] = _round(plan, times(value, 1, a))
-    scaled = [times(value, 0, a) for a, value in enumerate(values)]
-    targets = columns if plan.interpret else columns[0][0]
-    if plan.order == 28:
-        for a, value in enumerate(scaled):
-            store_transposed_8_bits(value, targets.at[a], plan.dtype, interpret=plan.interpret)
-    elif plan.interpret:
-        natural = jnp.stack(scaled, axis=1).reshape(TILE_ROWS, -1)
-        targets.at[0][...] = _round(plan, fp8.permute_16(natural, 0).T)
-    else:
-        units = _unit_positions(pack_pairs(scaled[0], scaled[1], plan.dtype))
-        targets.at[0].transpose((1, 0))[...] = units
+            rows.at[a][...] = round_saturating(
+                times(value, 1, a), plan.dtype, interpret=plan.interpret
+            )
+    scaled = times(values[0], 0, 0), times(values[1], 0, 1)
+    store_columns(scaled, columns, plan.dtype, plan.order, interpret=plan.interpret)
     plgpu.commit_smem()
     if plan.writes_rows:
         for a in (0, 1):
             plgpu.copy_smem_to_gmem(rows.at[a], half(rows_gmem[0], a))
-    sources = columns if plan.interpret else columns[1][0]
-    parts = 2 if plan.order == 28 else 1
-    for a in range(parts):
-        width = TILE_ROWS // parts
-        positions = pl.ds(tile * TILE_ROWS + a * width, width)
-        plgpu.copy_smem_to_gmem(sources.at[a], columns_gmem.at[batch, head, channels, positions])
+    target = columns_gmem.at[batch, head, channels]
+    send_columns(columns, target, tile, plan.order, interpret=plan.interpret)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _round(plan: Plan, x: Array) -> Array:
+def round_saturating(x: Array, dtype: Any, *, interpret: bool) -> Array:
     """Rounds to 8 bits; on the GPU the conversion itself saturates."""
-    if plan.interpret:
-        largest = float(jnp.finfo(plan.dtype).max)
+    if interpret:
+        largest = float(jnp.finfo(dtype).max)
         x = jnp.clip(x, -largest, largest)
-    return x.astype(plan.dtype)
+    return x.astype(dtype)
 
 
 def columns_and_rows(
@@ -247,8 +277,9 @@ def columns_and_rows(
         functools.partial(_kernel, plan=plan),
         out_type=tuple(out_type),
         scratch_types=_scratch_types(plan),
-        grid=(batch * heads, plan.num_tiles, h // plan.channels),
-        grid_names=("head", "tile", "channels"),
+        # The last axis is the fastest: heads lie side by side in memory.
+        grid=(plan.num_tiles, batch * heads, h // plan.channels),
+        grid_names=("tile", "head", "channels"),
         kernel_name=f"fp8_columns_{order}",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,

@@ -21,6 +21,7 @@ from pallas_kernels.flash_attention import (
     sm90_bwd_fp8,
     sm90_columns_fp8,
     sm90_fwd_fp8,
+    sm90_quantize_fp8,
     tuning,
 )
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
@@ -44,6 +45,12 @@ def unsupported_reason(spec: AttentionSpec) -> str | None:
             f"q.shape[3]={spec.head_dim} is not one of {sm90.SUPPORTED_HEAD_DIMS}; pad the head"
             " dim or use implementation='xla'",
         ),
+        (
+            spec.fp8.quantize_implementation == "xla"
+            or spec.head_dim in sm90_quantize_fp8.HEAD_DIMS,
+            f"q.shape[3]={spec.head_dim} is not one of {sm90_quantize_fp8.HEAD_DIMS}; pass"
+            " fp8_options=Fp8Options(quantize_implementation='xla')",
+        ),
     )
     return next((reason for holds, reason in rules if not holds), None)
 
@@ -61,9 +68,33 @@ def attention(
     return fp8_vjp.attention(q, k, v, q_segment_ids, kv_segment_ids, spec, kernels)
 
 
-def quantize_inputs(q: Array, k: Array, v: Array, spec: AttentionSpec) -> fp8.Inputs:
-    """Implements `fp8_vjp.Kernels.quantize_inputs`."""
-    return fp8_quantize.quantize_inputs(q, k, v, spec)
+def quantize_inputs(
+    q: Array, k: Array, v: Array, spec: AttentionSpec, *, interpret: bool = False
+) -> fp8.Inputs:
+    """Implements `fp8_vjp.Kernels.quantize_inputs`; `interpret` runs it in the CPU interpreter."""
+    if spec.fp8.quantize_implementation == "xla":
+        return fp8_quantize.quantize_inputs(q, k, v, spec)
+    matrix = jnp.asarray(fp8.rotation(spec.head_dim), q.dtype) if spec.fp8.rotate else None
+    mean = fp8_quantize.key_mean(k) if spec.fp8.center_keys else None
+    rotated_mean = fp8.rotate(mean) if mean is not None and spec.fp8.rotate else mean
+    run = functools.partial(
+        sm90_quantize_fp8.quantize, sm_count=sm90.sm_count(), interpret=interpret
+    )
+    q_parts = run(q, matrix, None, writes_columns=False)
+    k_parts = run(k, matrix, rotated_mean, writes_columns=False)
+    v_parts = run(v, None, None, writes_columns=True)
+    assert v_parts.norm is not None, "asked for by writes_columns"
+    return fp8.Inputs(
+        q=q_parts.rows,
+        k=k_parts.rows,
+        v=v_parts.rows,
+        q_scale=q_parts.scale,
+        k_scale=k_parts.scale,
+        v_scale=v_parts.scale,
+        v_norm=v_parts.norm,
+        key_mean=mean,
+        v_columns=v_parts.columns,
+    )
 
 
 def fp8_forward(

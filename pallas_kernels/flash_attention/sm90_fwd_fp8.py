@@ -2,8 +2,9 @@
 
 The maths is `fp8`'s. For each tile of queries, over the blocks j of keys that it sees, last first:
   X_j = c_j Q K_j^T,   u = max(u, rowmax(X_j)),   r_j = max(rowmax(X_j), u - MAX_RISE)
-  P_j = exp2(X_j - r_j + P_BITS),   l = l d + rowsum(P_j),   O = O d sv_{j+1} / sv_j + round8(P_j) V_j,
-  d = exp2(r_{j+1} - r_j);   at the end out = sv_j O / l,  lse2 = r + log2(l) - P_BITS
+  P_j = exp2(X_j - r_j + P_BITS),   d = exp2(r_{j+1} - r_j),   l = l d + rowsum(P_j),
+  O = O d sv_{j+1} / sv_j + round8(P_j) V_j;   at the end out = sv_j O / l,
+  lse2 = r + log2(l) - P_BITS
 Each P_j V_j has a fresh accumulator, which is added to O in float32: the tensor cores keep about 14
 bits of an 8-bit product's sum, which one block does not exhaust, and the addition is also the
 rescaling of O, to which V's scale is no more work (cf. Zhang et al. 2024, arXiv:2411.10958). Head
@@ -316,8 +317,8 @@ def block_scales(k_scale: Array, v_scale: Array, plan: Plan) -> Array:
       plan: gives the number of blocks.
 
     Returns:
-      `[B, K, 2, num_kv_blocks rounded up]`: k_scale of block j; v_scale of block j + 1, which is met
-      before, over that of block j.
+      `[B, K, 2, num_scales]`: k_scale of block j; v_scale of block j + 1, which is met before, over
+      that of block j.
     """
     repeats = BLOCK // plan.config.block_kv
     ratio = jnp.concatenate([v_scale[..., 1:], v_scale[..., -1:]], axis=2) / v_scale

@@ -111,9 +111,9 @@ def test_the_whole_gradient_lowers_for_cuda(options):
     with hardware.assume_device_kind("NVIDIA H200"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arguments(case))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Forward and backward; K, Q and dO transposed.
+    # Forward and backward; q, k, v quantised; k, q and dO transposed.
     assert text.count("stablehlo.custom_call @mosaic_gpu") == (
-        5 if "quantize_implementation" in options else 2
+        8 if "quantize_implementation" in options else 2
     )
 
 
@@ -133,6 +133,7 @@ def test_query_blocks_of_a_causal_mask_and_a_window_by_hand():
     [
         (256, {}, r"q.shape\[3\]=256 is not one of .64, 128.*backward='bf16'"),
         (64, dict(deterministic=True), "the order in which tiles finish; pass"),
+        (256, dict(quantize_implementation="mosaic"), "quantize_implementation='xla'"),
     ],
 )
 def test_refuses_to_differentiate_with_the_reason(h, options, message):

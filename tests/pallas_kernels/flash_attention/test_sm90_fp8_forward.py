@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import Fp8Options, flash_attention, hardware
-from pallas_kernels.flash_attention import fp8, fp8_quantize, fp8_xla, sm90, sm90_fp8, tuning
+from pallas_kernels.flash_attention import fp8_quantize, fp8_xla, sm90, sm90_fp8, tuning
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.flash_attention.masks import make_band
 from tests.pallas_kernels.cases import Case

@@ -1,0 +1,296 @@
+"""Quantisation of q, k and v for FP8 attention on sm_90a: each is read once.
+
+For each block of 128 rows x `[128, H]` of a head, with M, m and s of `fp8`:
+  y = x M - m   (M and m are optional; the product on the tensor cores, in float32)
+  s = the power of two with max |y| / s just below 448,   rows = round8(y / s)
+and optionally columns = rows^T in the order of `fp8.permute_16`, and the largest |y_i|^2.
+
+A persistent CTA of one warpgroup walks through blocks, two CTAs share an SM:
+
+  step                                           ordered by
+  load of block i into its stage                 TMA -> `full`, one barrier per stage
+  y = stage M; maximum, scale                    `full`; `setup` before the first, for M
+  staging buffers <- y / s                       the TMA stores of block i - 1 have read them
+  TMA stores; load of block i + 2                commit_smem: a fence and a barrier of the warpgroup
+
+A block lies in registers as two halves of 64 rows: even and odd rows if columns are wanted, because
+a pair of rows makes the 16-bit units that are transposed (`sm90_columns_fp8`).
+
+Not supported: head dims other than 64 and 128 (the scale of 256 channels is not one warpgroup's).
+"""
+
+# Shapes: B batch, L length, H head dim.
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention import fp8
+from pallas_kernels.flash_attention.sm90_columns_fp8 import (
+    TILE_ROWS,
+    columns_type,
+    round_saturating,
+    send_columns,
+    smem_tile,
+    store_columns,
+)
+from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS
+from pallas_kernels.numerics import E4M3_MAX
+from pallas_kernels.quantize.sm90_tiles import row_amax
+
+HEAD_DIMS = (64, 128)
+_STAGES = 2
+_CTAS_PER_SM = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything static about one launch."""
+
+    shape: tuple[int, ...]
+    """Of x: B, L, heads, H; L a multiple of 16."""
+    dtype: Any
+    """Of x: 16 bits."""
+    rotates: bool
+    """Whether there is M."""
+    centers: bool
+    """Whether there is m."""
+    writes_columns: bool
+    """Whether columns and norms are wanted too."""
+    sm_count: int
+    """Streaming multiprocessors of the device."""
+    interpret: bool = False
+    """Run in the CPU interpreter."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks along L; the last may reach beyond it."""
+        return pl.cdiv(self.shape[1], TILE_ROWS)
+
+    @property
+    def num_tiles(self) -> int:
+        """Blocks of all heads."""
+        return self.shape[0] * self.shape[2] * self.num_blocks
+
+    @property
+    def num_ctas(self) -> int:
+        """CTAs launched: all of them run at once."""
+        return min(_CTAS_PER_SM * self.sm_count, self.num_tiles)
+
+
+class Quantized(NamedTuple):
+    """What the kernel makes of x, `[B, L, heads, H]`."""
+
+    rows: Array  # [B, L, heads, H], E4M3
+    scale: Array  # [B, heads, blocks], float32
+    columns: Array | None  # [B, heads, H, L rounded up to 128], E4M3, zero beyond L
+    norm: Array | None  # [B, heads], float32: largest Euclidean length of a row of x
+
+
+class _Smem(NamedTuple):
+    """Shared memory and barriers."""
+
+    x: Any  # [stages, 2, ROWS, H]
+    rows: Any  # [2, ROWS, H], E4M3
+    full: Any  # TMA -> this warpgroup, one per stage: x
+    setup: Any  # TMA -> this warpgroup: M; or None
+    matrix: Any  # [H, H], or None
+    mean: Any  # [stages, H], float32, or None
+    columns: Any  # `columns_type`, or None
+
+
+def _smem_types(plan: Plan) -> _Smem:
+    """The shared-memory plan."""
+    h = plan.shape[3]
+    columns = None
+    if plan.writes_columns:
+        columns = columns_type(h, fp8.E4M3, 16, interpret=plan.interpret)
+    return _Smem(
+        x=smem_tile((_STAGES, 2, ROWS, h), plan.dtype),
+        rows=smem_tile((2, ROWS, h), fp8.E4M3),
+        full=plgpu.Barrier(num_arrivals=2 + plan.centers, num_barriers=_STAGES),
+        setup=plgpu.Barrier() if plan.rotates else None,
+        matrix=smem_tile((h, h), plan.dtype) if plan.rotates else None,
+        mean=plgpu.SMEM((_STAGES, h), jnp.float32) if plan.centers else None,
+        columns=columns,
+    )
+
+
+class _Kernel(NamedTuple):
+    """What the steps share."""
+
+    plan: Plan
+    x: Any
+    matrix: Any
+    mean: Any
+    rows: Any
+    amax: Any
+    columns: Any
+    norm: Any
+    smem: _Smem
+
+    def tile(self, i: Array) -> tuple[Array, Array, Array]:
+        """Batch row, head and block of the CTA's i-th block; heads lie side by side in memory."""
+        heads, blocks = jnp.int32(self.plan.shape[2]), jnp.int32(self.plan.num_blocks)
+        index = lax.axis_index("cta") + i * self.plan.num_ctas
+        rest, head = lax.div(index, heads), lax.rem(index, heads)
+        return lax.div(rest, blocks), head, lax.rem(rest, blocks)
+
+    def half(self, ref: Any, i: Array, a: int) -> Any:
+        """64 rows of a block in `[B, L / 2, 2, heads, H]`, or in `[B, L, heads, H]`."""
+        batch, head, block = self.tile(i)
+        if self.plan.writes_columns:
+            return ref.at[batch, pl.ds(block * ROWS, ROWS), a, head]
+        return ref.at[batch, pl.ds(block * TILE_ROWS + a * ROWS, ROWS), head]
+
+    def load(self, i: Array, stage: Any) -> None:
+        """Starts the TMA loads of a block."""
+        full = self.smem.full.at[stage]
+        for a in (0, 1):
+            plgpu.copy_gmem_to_smem(self.half(self.x, i, a), self.smem.x.at[stage, a], full)
+        if self.plan.centers:
+            batch, head, _ = self.tile(i)
+            plgpu.copy_gmem_to_smem(self.mean.at[batch, head], self.smem.mean.at[stage], full)
+
+    def half_values(self, x: Any, stage: Array) -> Array:
+        """y of half a block, `[ROWS, H]`, float32."""
+
+        def product(acc: Any) -> Array:
+            plgpu.wgmma(acc, x, self.smem.matrix)
+            return acc[...]
+
+        if self.plan.rotates:
+            y = pl.run_scoped(product, plgpu.ACC((ROWS, self.plan.shape[3]), jnp.float32))
+        else:
+            y = plgpu.load(x, layout=MATRIX).astype(jnp.float32)
+        if self.plan.centers:
+            mean = plgpu.load(self.smem.mean.at[stage], layout=PER_COLUMN)
+            y -= lax.broadcast_in_dim(mean, y.shape, [1])
+        return y
+
+    def store(self, i: Array, halves: tuple[Array, Array]) -> None:
+        """Rounds a block and starts its TMA stores."""
+        plan, smem = self.plan, self.smem
+        batch, head, block = self.tile(i)
+        largest = [row_amax(y, interpret=plan.interpret) for y in halves]
+        amax = jnp.max(jnp.maximum(*largest))
+        self.amax[batch, head, block] = amax
+        inverse = _inverse_scale(plgpu.layout_cast(jnp.full((ROWS,), amax), PER_ROW))
+        if plan.writes_columns:
+            squares = [jnp.sum(y * y, axis=1) for y in halves]
+            self.norm[batch, head, block] = jnp.max(jnp.maximum(*squares))
+        inverse = lax.broadcast_in_dim(inverse, halves[0].shape, [0])
+        halves = halves[0] * inverse, halves[1] * inverse
+        # The stores of the block before have read the staging buffers.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for a, y in enumerate(halves):
+            smem.rows.at[a][...] = round_saturating(y, fp8.E4M3, interpret=plan.interpret)
+        if plan.writes_columns:
+            store_columns(halves, smem.columns, fp8.E4M3, 16, interpret=plan.interpret)
+        plgpu.commit_smem()
+        for a in (0, 1):
+            plgpu.copy_smem_to_gmem(smem.rows.at[a], self.half(self.rows, i, a))
+        if plan.writes_columns:
+            target = self.columns.at[batch, head]
+            send_columns(smem.columns, target, block, 16, interpret=plan.interpret)
+
+
+def _inverse_scale(amax: Array) -> Array:
+    """1 / `fp8.scale_of(amax, E4M3_MAX, fp8.MIN_SCALE)`, float32, by the same bits."""
+    bits = lax.bitcast_convert_type(amax, jnp.int32) + fp8.SCALE_CARRY
+    exponent = lax.shift_right_logical(bits, 23) - fp8.E4M3_EXPONENT
+    exponent = jnp.maximum(exponent, fp8.MIN_SCALE_EXPONENT + 127)
+    inverse = lax.bitcast_convert_type(lax.shift_left(254 - exponent, 23), jnp.float32)
+    return jnp.where(amax < jnp.inf, inverse, jnp.nan)
+
+
+def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
+    """Walks through the CTA's blocks."""
+    queue = list(refs)
+    x = queue.pop(0)
+    matrix = queue.pop(0) if plan.rotates else None
+    mean = queue.pop(0) if plan.centers else None
+    rows, amax, columns, norm = (*queue, None, None)[:4]
+    smem = _Smem(**{name: smem_refs.get(name) for name in _Smem._fields})
+    kernel = _Kernel(plan, x, matrix, mean, rows, amax, columns, norm, smem)
+    rest = plan.num_tiles - lax.axis_index("cta") + (plan.num_ctas - 1)
+    count = lax.div(rest, jnp.int32(plan.num_ctas))
+    if matrix is not None:
+        plgpu.copy_gmem_to_smem(matrix, smem.matrix, smem.setup)
+    for i in range(_STAGES):
+        pl.when(i < count)(functools.partial(kernel.load, jnp.int32(i), i))
+    if plan.rotates:
+        plgpu.barrier_wait(smem.setup)
+
+    def step(i: Array, _: None) -> None:
+        stage = lax.rem(i, jnp.int32(_STAGES))
+        plgpu.barrier_wait(smem.full.at[stage])
+        x = smem.x.at[stage]
+        kernel.store(i, (kernel.half_values(x.at[0], stage), kernel.half_values(x.at[1], stage)))
+        pl.when(i + _STAGES < count)(lambda: kernel.load(i + _STAGES, stage))
+
+    lax.fori_loop(0, count, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def quantize(
+    x: Array,
+    matrix: Array | None,
+    mean: Array | None,
+    *,
+    writes_columns: bool,
+    sm_count: int,
+    interpret: bool = False,
+) -> Quantized:
+    """Runs the kernel.
+
+    Args:
+      x: `[B, L, heads, H]`, bfloat16 or float16.
+      matrix: M, `[H, H]`, like x; or None for no rotation.
+      mean: m M, or m without a rotation, `[B, heads, H]`, float32; or None for 0. The last block's
+        scale takes rows beyond L for -m.
+      writes_columns: whether columns and norms are wanted.
+      sm_count: streaming multiprocessors of the device.
+      interpret: run in the CPU interpreter.
+
+    Returns:
+      The results; columns and norm are None unless asked for.
+    """
+    batch, length, heads, h = x.shape
+    padding = -length % 16  # whole groups of the permutation
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+    plan = Plan(
+        shape=x.shape,
+        dtype=x.dtype,
+        rotates=matrix is not None,
+        centers=mean is not None,
+        writes_columns=writes_columns,
+        sm_count=sm_count,
+        interpret=interpret,
+    )
+    view = (batch, x.shape[1] // 2, 2, heads, h) if writes_columns else x.shape
+    per_block = jax.ShapeDtypeStruct((batch, heads, plan.num_blocks), jnp.float32)
+    out_type = [jax.ShapeDtypeStruct(view, fp8.E4M3), per_block]
+    if writes_columns:
+        columns = (batch, heads, h, plan.num_blocks * TILE_ROWS)
+        out_type += [jax.ShapeDtypeStruct(columns, fp8.E4M3), per_block]
+    rows, amax, *others = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=tuple(out_type),
+        scratch_types={k: v for k, v in _smem_types(plan)._asdict().items() if v is not None},
+        grid=(plan.num_ctas,),
+        grid_names=("cta",),
+        kernel_name="fp8_quantize_blocks",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(x.reshape(view), *(a for a in (matrix, mean) if a is not None))
+    columns, norm = others or (None, None)
+    norm = None if norm is None else jnp.sqrt(norm.max(axis=2))
+    scale = fp8.scale_of(amax, E4M3_MAX, fp8.MIN_SCALE)
+    return Quantized(rows.reshape(x.shape)[:, :length], scale, columns, norm)
