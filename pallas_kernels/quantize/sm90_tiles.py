@@ -30,6 +30,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -268,6 +269,9 @@ def _kernel(*refs: Any, plan: TilePlan, compute: Callable[..., Any], **smem: Any
     plgpu.wait_smem_to_gmem(0)
 
 
+# Jitted, so that equal calls (one in each layer) share one lowered module: a module of its own for
+# each would be compiled by Mosaic again, because its text holds a running number.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def launch(
     plan: TilePlan,
     compute: Callable[..., tuple[Array, ...]],
