@@ -8,9 +8,10 @@ interpreter runs no dialect code; the GPU tests compare both.
 
 import functools
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -39,6 +40,15 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """One value for each column of an accumulator."""
 
 _NEG_INF = float("-inf")
+
+
+def launcher[F: Callable[..., Any]](*static: str) -> Callable[[F], F]:
+    """Jits a function that launches a kernel, with these arguments static.
+
+    So equal calls, one in each layer of a model, share one lowered module. Modules of their own
+    would differ in a running number in their names, which makes Mosaic compile each of them.
+    """
+    return cast(Callable[[F], F], functools.partial(jax.jit, static_argnames=static))
 
 
 def tile_transforms(itemsize: int, columns: int | None = None) -> tuple[Any, Any]:

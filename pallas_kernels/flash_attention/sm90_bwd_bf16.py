@@ -68,7 +68,7 @@ from pallas_kernels.flash_attention.sm90_bwd_plan import (
     tile_of,
 )
 from pallas_kernels.flash_attention.sm90_fwd_plan import cta_tiles
-from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns
+from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, launcher
 from pallas_kernels.numerics import LOG2E
 
 _NEG_INF = float("-inf")
@@ -414,6 +414,7 @@ def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
         _compute(plan, inputs, outputs, scratch, turns)
 
 
+@launcher("plan")
 def launch(
     q: Array,
     k: Array,

@@ -46,6 +46,7 @@ from pallas_kernels.mosaic import (
     accumulator_as_8_bit_operand,
     keep_columns,
     keep_equal,
+    launcher,
     store_transposed_8_bits,
     tile_transforms,
 )
@@ -442,6 +443,7 @@ def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
         _produce(_tile_of(plan, inputs, scratch))
 
 
+@launcher("plan")
 def launch(inputs: Inputs, *, plan: Plan) -> tuple[Array, Array, Array]:
     """Runs the kernel.
 

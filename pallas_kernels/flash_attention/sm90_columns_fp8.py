@@ -36,6 +36,7 @@ from pallas_kernels.mosaic import (
     MATRIX,
     PER_ROW,
     ROWS,
+    launcher,
     store_transposed_8_bits,
     tile_transforms,
 )
@@ -229,6 +230,7 @@ def round_saturating(x: Array, dtype: Any, *, interpret: bool) -> Array:
     return x.astype(dtype)
 
 
+@launcher("dtype", "order", "interpret")
 def columns_and_rows(
     x: Array,
     factor: Array,

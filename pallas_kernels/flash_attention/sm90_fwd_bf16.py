@@ -63,13 +63,7 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     tile_of,
 )
 from pallas_kernels.flash_attention.sm90_isolation import note_bad_output
-from pallas_kernels.mosaic import (
-    MATRIX,
-    PER_ROW,
-    ROWS,
-    partial_row_sums,
-    total_row_sums,
-)
+from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, partial_row_sums, total_row_sums
 from pallas_kernels.numerics import LN2, LOG2E
 
 
@@ -256,6 +250,7 @@ def _store(
         plgpu.barrier_arrive(scratch.q_free)
 
 
+@launcher("plan")
 def launch(
     q: Array,
     k: Array,

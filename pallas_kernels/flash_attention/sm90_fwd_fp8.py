@@ -71,6 +71,7 @@ from pallas_kernels.mosaic import (
     PER_ROW,
     ROWS,
     accumulator_as_8_bit_operand,
+    launcher,
     partial_row_sums,
     total_row_sums,
 )
@@ -329,6 +330,7 @@ def block_scales(k_scale: Array, v_scale: Array, plan: Plan) -> Array:
     return jnp.pad(scales, ((0, 0),) * 3 + ((0, plan.num_scales - scales.shape[3]),))
 
 
+@launcher("plan")
 def launch(
     q: Array,
     k: Array,

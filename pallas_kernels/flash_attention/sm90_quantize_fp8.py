@@ -40,7 +40,7 @@ from pallas_kernels.flash_attention.sm90_columns_fp8 import (
     smem_tile,
     store_columns,
 )
-from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS
+from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, launcher
 from pallas_kernels.numerics import E4M3_MAX
 from pallas_kernels.quantize.sm90_tiles import row_amax
 
@@ -239,6 +239,7 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+@launcher("writes_columns", "sm_count", "interpret")
 def quantize(
     x: Array,
     matrix: Array | None,

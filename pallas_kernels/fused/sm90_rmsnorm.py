@@ -36,7 +36,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
-from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, SMEM_OVERHEAD, tile_transforms
+from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, SMEM_OVERHEAD, launcher, tile_transforms
 from pallas_kernels.quantize.sm90_plan import TILE_ROWS
 from pallas_kernels.quantize.sm90_tiles import (
     pack_pairs,
@@ -412,6 +412,7 @@ def _store_rstd(kernel: _Kernel, out: Any, rstd: list[Array], block: Array, wg: 
             out.at[block, a][...] = rstd[a]
 
 
+@launcher("plan")
 def launch(
     plan: RmsNormPlan, x: Array, weight: Array, scale: Array
 ) -> tuple[Array, Array, Array, Array]:

@@ -30,7 +30,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -40,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS
+from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher
 from pallas_kernels.quantize.contract import Quantized, fold_amax
 from pallas_kernels.quantize.partition import Kind, per_device
 from pallas_kernels.quantize.sm90_plan import (
@@ -269,9 +268,7 @@ def _kernel(*refs: Any, plan: TilePlan, compute: Callable[..., Any], **smem: Any
     plgpu.wait_smem_to_gmem(0)
 
 
-# Jitted, so that equal calls (one in each layer) share one lowered module: a module of its own for
-# each would be compiled by Mosaic again, because its text holds a running number.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@launcher("plan", "compute")
 def launch(
     plan: TilePlan,
     compute: Callable[..., tuple[Array, ...]],
