@@ -87,6 +87,9 @@ class ModelConfig:
     """Precision of the attention GEMMs; fp8_forward has its backward in bf16."""
     attention_implementation: AttentionImplementation = "auto"
     """Attention kernel; auto takes the best one that can run and says which."""
+    swiglu_implementation: Literal["xla", "mosaic"] = "xla"
+    """SwiGLU's activation and its gradient in 16 bits. mosaic: Hopper's Pallas kernels. With
+    --fp8.quantize-implementation mosaic the activation is quantised as it is computed instead."""
     layer_loop: Literal["scan", "unroll"] = "scan"
     """scan: one compiled block over stacked weights (fast compile); unroll: separate blocks (fast
     step)."""
@@ -129,6 +132,11 @@ class ModelConfig:
         _require(
             self.local_window_size >= 0,
             f"--model.local-window-size={self.local_window_size} must be >= 0",
+        )
+        _require(
+            self.swiglu_implementation == "xla" or self.ffn_size % 128 == 0,
+            f"--model.ffn-size={self.ffn_size} must be a multiple of 128 for"
+            f" --model.swiglu-implementation={self.swiglu_implementation}; change it, or use xla",
         )
         _require(self.rope_theta > 0, f"--model.rope-theta={self.rope_theta} must be positive")
         _require(self.norm_eps > 0, f"--model.norm-eps={self.norm_eps} must be positive")

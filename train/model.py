@@ -19,11 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jfp8
 import jfp8.nnx
-from pallas_kernels import Fp8Options, flash_attention
+from pallas_kernels import Fp8Options, flash_attention, swiglu
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RESIDUAL_NAMES
 from train.config import ModelConfig
 from train.embedding import embed
-from train.swiglu import swiglu
 from train.taps import Taps, apply_linear, see_attention
 
 COMPUTE_DTYPE = jnp.bfloat16
@@ -138,6 +137,7 @@ class SwiGLU(nnx.Module):
         self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs, *, has_taps: bool = False
     ):
         self.group = math.gcd(config.ffn_size, _MAX_FFN_GROUP)
+        self.implementation = config.swiglu_implementation
         self.gate_up = _linear("gate_up", config.hidden_size, 2 * config.ffn_size, recipe, rngs)
         self.down = _linear(
             "down", config.ffn_size, config.hidden_size, recipe, rngs, _residual_std(config)
@@ -149,8 +149,8 @@ class SwiGLU(nnx.Module):
         if self._is_fused():
             return jfp8.nnx.swiglu_mlp(self.gate_up, self.down, x, group=self.group)
         gate_up = checkpoint_name(apply_linear(self.taps, "gate_up", self.gate_up, x), "gate_up")
-        pairs = gate_up.reshape(*x.shape[:-1], -1, 2, self.group)
-        return apply_linear(self.taps, "down", self.down, swiglu(pairs))
+        hidden = swiglu(gate_up, group=self.group, implementation=self.implementation)
+        return apply_linear(self.taps, "down", self.down, hidden)
 
     def _is_fused(self) -> bool:
         """Whether kernels quantise the hidden layer as they compute it; taps want it in 16 bits."""

@@ -1,9 +1,9 @@
-"""SwiGLU's activation and its gradient for sm_90a, quantised and transposed in one pass.
+"""SwiGLU's activation and its gradient for sm_90a, in one pass; mostly quantised and transposed.
 
 The tile loop of `quantize/sm90_tiles` with one tile of gate and one of up for each hidden tile (and
 one of the gradient). The maths is in `swiglu`; the exponential and the division are the fast
 approximations of the GPU, good to a few units in the last place of float32. HBM bytes for each
-hidden element: forward 4 + 2, backward 6 + 4.
+hidden element: forward 4 + 2, backward 6 + 4; without quantising 4 + 2 and 6 + 4 too.
 
 Not supported: groups other than 128 columns, float32 inputs.
 """
@@ -11,7 +11,7 @@ Not supported: groups other than 128 columns, float32 inputs.
 # Shapes: M rows, F hidden columns.
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -30,6 +30,7 @@ _GATE, _UP = 0, 1
 FORWARD = TileConfig(tile_columns=128, warpgroups=1, ctas_per_sm=2)
 BACKWARD = TileConfig(tile_columns=64, warpgroups=1, ctas_per_sm=2)
 BACKWARD_PLAIN = TileConfig(tile_columns=64, warpgroups=1)
+"""Writes the gradient in 8 and in 16 bits."""
 
 
 def forward_candidates() -> list[TileConfig]:
@@ -51,17 +52,22 @@ def backward_candidates() -> list[TileConfig]:
 
 
 def forward_plan(
-    gate_up: Array, *, dtype: Any, layouts: Layouts, config: TileConfig = FORWARD
+    gate_up: Array,
+    *,
+    dtype: Any = None,
+    layouts: Layouts | Literal["none"] = "none",
+    config: TileConfig = FORWARD,
 ) -> TilePlan:
-    """The plan of the activation of gate_up, `[M, 2 F]`."""
+    """The plan of the activation of gate_up, `[M, 2 F]`; with layouts "none" in its dtype."""
     return TilePlan(
-        name="swiglu_quantize",
+        name="swiglu" if layouts == "none" else "swiglu_quantize",
         rows=gate_up.shape[0],
         columns=gate_up.shape[1] // 2,
         inputs=(Slab(half=_GATE), Slab(half=_UP)),
         input_dtype=gate_up.dtype,
         dtype=dtype,
         layouts=layouts,
+        plain_dtype=gate_up.dtype if layouts == "none" else None,
         config=config,
         sm_count=sm_count(),
         interpret=is_interpreting(),
@@ -71,14 +77,15 @@ def forward_plan(
 def backward_plan(
     gate_up: Array,
     *,
-    dtype: Any,
-    layouts: Layouts,
-    plain: bool,
+    dtype: Any = None,
+    layouts: Layouts | Literal["none"] = "none",
+    plain: bool = True,
     config: TileConfig | None = None,
 ) -> TilePlan:
     """The plan of the gradient of gate_up, `[M, 2 F]`."""
+    is_quantised_and_plain = plain and layouts != "none"
     return TilePlan(
-        name="swiglu_grad_quantize",
+        name="swiglu_grad" if layouts == "none" else "swiglu_grad_quantize",
         rows=gate_up.shape[0],
         columns=gate_up.shape[1] // 2,
         inputs=(Slab(half=_GATE), Slab(half=_UP), Slab(array=1)),
@@ -87,7 +94,7 @@ def backward_plan(
         dtype=dtype,
         layouts=layouts,
         plain_dtype=gate_up.dtype if plain else None,
-        config=config or (BACKWARD_PLAIN if plain else BACKWARD),
+        config=config or (BACKWARD_PLAIN if is_quantised_and_plain else BACKWARD),
         sm_count=sm_count(),
         interpret=is_interpreting(),
     )
@@ -143,3 +150,19 @@ def backward(
         return backward_plan(gate_up, dtype=dtype, layouts=layouts, plain=plain, config=config)
 
     return sm90_tiles.run(plan_of, _gradient, (gate_up, grad), scale)
+
+
+def forward_plain(gate_up: Array, *, config: TileConfig = FORWARD) -> Array:
+    """Runs the kernel of the activation alone: `[M, F]` in the dtype of gate_up."""
+    plan_of = functools.partial(forward_plan, config=config)
+    return sm90_tiles.run_plain(plan_of, _activation, (gate_up,))
+
+
+def backward_plain(gate_up: Array, grad: Array, *, config: TileConfig = BACKWARD) -> Array:
+    """Runs the kernel of the gradient alone: `[M, 2 F]` in the dtype of gate_up."""
+
+    def plan_of(gate_up: Array, grad: Array) -> TilePlan:
+        del grad
+        return backward_plan(gate_up, config=config)
+
+    return sm90_tiles.run_plain(plan_of, _gradient, (gate_up, grad))

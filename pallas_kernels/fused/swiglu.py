@@ -1,14 +1,15 @@
-"""SwiGLU's activation and its gradient, quantised as they are computed (arXiv:2002.05202).
+"""SwiGLU's activation and its gradient, plain or quantised as computed (arXiv:2002.05202).
 
-  forward    h = silu(gate) up                     -> 8-bit h and h^T
+  forward    h = silu(gate) up                     -> h, or 8-bit h and h^T
   backward   dgate = dh up s (1 + gate (1 - s)),
-             dup = dh gate s,   s = sigmoid(gate)  -> 8-bit d(gate_up) and its transpose
+             dup = dh gate s,   s = sigmoid(gate)  -> d(gate_up), or 8-bit and its transpose
 
 in float32. Gate and up are the two halves of one matrix, in which groups of columns alternate.
 """
 
 # Shapes: M rows, F hidden columns, g columns of a group.
 
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,64 @@ from pallas_kernels.quantize.contract import (
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 _XLA_DTYPES = (*SUPPORTED_DTYPES, "float32")
+
+
+def swiglu(
+    gate_up: Array, *, group: int = 128, implementation: Implementation | None = None
+) -> Array:
+    """Computes silu(gate) * up in float32; differentiable.
+
+    The backward keeps gate_up alone and computes the sigmoid again: left to itself, autodiff writes
+    float32 copies of the hidden layer to memory.
+
+    Args:
+      gate_up: `[..., 2 F]`, bfloat16 or float16 (float32 too with "xla"), as `[..., F / g, 2, g]`:
+        groups of columns of gate, then of up.
+      group: g.
+      implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, g = 128, and the
+        product M of the leading sizes a multiple of 16; sharded arrays as in
+        `pallas_kernels.quantize`. None leaves the choice.
+
+    Returns: `[..., F]` in the dtype of gate_up. Implementations differ by the rounding of float32.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, dtype or value.
+      NotImplementedError: if `implementation` cannot run this call on this device; says why.
+    """
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
+    _check(rows, group)
+    reason = None
+    if implementation == "mosaic":
+        reason = sm90_swiglu.unsupported_reason(sm90_swiglu.forward_plan(rows), rows, group)
+    if uses_mosaic(implementation, reason):
+        return _swiglu_mosaic(rows).reshape(*gate_up.shape[:-1], -1)
+    return _swiglu_xla(gate_up, group)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _swiglu_xla(gate_up: Array, group: int) -> Array:
+    return activation(gate_up, group).astype(gate_up.dtype)
+
+
+def _swiglu_xla_bwd(group: int, gate_up: Array, grad: Array) -> tuple[Array]:
+    # Without the barrier XLA would find the forward pass's sigmoid here, and keep it in memory.
+    gate_up, grad = lax.optimization_barrier((gate_up, grad))
+    return (gradient(gate_up, grad, group).astype(gate_up.dtype),)
+
+
+_swiglu_xla.defvjp(lambda gate_up, group: (_swiglu_xla(gate_up, group), gate_up), _swiglu_xla_bwd)
+
+
+@jax.custom_vjp
+def _swiglu_mosaic(gate_up: Array) -> Array:
+    return sm90_swiglu.forward_plain(gate_up)
+
+
+def _swiglu_mosaic_bwd(gate_up: Array, grad: Array) -> tuple[Array]:
+    return (sm90_swiglu.backward_plain(gate_up, grad),)
+
+
+_swiglu_mosaic.defvjp(lambda gate_up: (_swiglu_mosaic(gate_up), gate_up), _swiglu_mosaic_bwd)
 
 
 def swiglu_quantize(
@@ -121,13 +180,13 @@ def swiglu_grad_quantize(
 
 
 def activation(gate_up: Array, group: int) -> Array:
-    """silu(gate) * up by XLA, float32: `[M, 2 F]` to `[M, F]`."""
+    """silu(gate) * up by XLA, float32: `[..., 2 F]` to `[..., F]`."""
     gate, up = _split(gate_up, group)
-    return (gate * jax.nn.sigmoid(gate) * up).reshape(gate_up.shape[0], -1)
+    return (gate * jax.nn.sigmoid(gate) * up).reshape(*gate_up.shape[:-1], -1)
 
 
 def gradient(gate_up: Array, grad: Array, group: int) -> Array:
-    """The gradient of `activation` by XLA, float32: `[M, 2 F]` and `[M, F]` to `[M, 2 F]`."""
+    """The gradient of `activation` by XLA, float32: `[..., 2 F]` and `[..., F]` to `[..., 2 F]`."""
     gate, up = _split(gate_up, group)
     grad = grad.reshape(gate.shape).astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
@@ -139,15 +198,16 @@ def gradient(gate_up: Array, grad: Array, group: int) -> Array:
 
 
 def _split(gate_up: Array, group: int) -> list[Array]:
-    """Gate and up, float32 `[M, F / g, 1, g]`."""
-    pairs = gate_up.reshape(gate_up.shape[0], -1, 2, group)
+    """Gate and up, float32 `[..., F / g, 1, g]`."""
+    pairs = gate_up.reshape(*gate_up.shape[:-1], -1, 2, group)
     return [x.astype(jnp.float32) for x in jnp.split(pairs, 2, axis=-2)]
 
 
 def _check(gate_up: Array, group: int, **options: Any) -> None:
     """Raises ValueError unless gate_up and the options are what both functions take."""
     check_matrix("gate_up", gate_up, _XLA_DTYPES)
-    check_options(**options)
+    if options:
+        check_options(**options)
     if group < 1 or gate_up.shape[1] % (2 * group):
         raise ValueError(
             f"gate_up.shape[1]={gate_up.shape[1]} must be a multiple of 2 * group={2 * group}:"

@@ -86,7 +86,8 @@ def _partitioned(
     if AxisType.Explicit in sharding.mesh.axis_types:
         return _explicit(local, operands, kinds, sharding)
     rows = operands[0].shape[0]
-    if rows % AMAX_PARTS:
+    has_parts = "parts" in kinds
+    if has_parts and rows % AMAX_PARTS:
         raise NotImplementedError(
             f"the {rows} rows of an array on several devices must be a multiple of {AMAX_PARTS};"
             " pad them, or use implementation='xla'"
@@ -95,7 +96,7 @@ def _partitioned(
     call.def_partition(
         partition=functools.partial(_partition, local, kinds),
         sharding_rule=_rule(kinds, widths, result_width),
-        r=rows // AMAX_PARTS,
+        **({"r": rows // AMAX_PARTS} if has_parts else {}),
         **{f"t{width}": width for width in {*widths, result_width} if width > 1},
     )
     return call(*operands)
@@ -103,16 +104,17 @@ def _partitioned(
 
 def _rule(kinds: Sequence[Kind], widths: Sequence[int], result_width: int) -> str:
     """Shardy's rule: rows are (p r), so that the parts of an amax are split as the rows are."""
+    rows = "(p r)" if "parts" in kinds else "r"
 
     def columns(width: int) -> str:
         return "k" if width == 1 else f"(k t{width})"
 
     forms = {
-        "rows": f"(p r) {columns(result_width)}",
-        "columns": f"{columns(result_width)} (p r)",
+        "rows": f"{rows} {columns(result_width)}",
+        "columns": f"{columns(result_width)} {rows}",
         "parts": "p",
     }
-    operands = [f"(p r) {columns(width)}" for width in widths]
+    operands = [f"{rows} {columns(width)}" for width in widths]
     return ", ".join([*operands, ""]) + " -> " + ", ".join(forms[kind] for kind in kinds)
 
 
@@ -141,7 +143,7 @@ def _on_shards(
     count = 1
     for name in _names(rows):
         count *= sizes[name]
-    if AMAX_PARTS % count:
+    if "parts" in kinds and AMAX_PARTS % count:
         raise NotImplementedError(
             f"the rows are split over {count} devices, which must divide {AMAX_PARTS}; use a mesh"
             " with a power of two, or implementation='xla'"

@@ -4,7 +4,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,8 @@ class TilePlan:
     """Where its results go: `Slab.half` of each."""
     dtype: Any
     """8-bit type of q and q_t."""
-    layouts: Layouts = "both"
-    """Which of q ("rows") and q_t ("columns") are written."""
+    layouts: Layouts | Literal["none"] = "both"
+    """Which of q ("rows") and q_t ("columns") are written; with "none" no amax is taken either."""
     plain_dtype: Any = None
     """Type of the unquantised result, or None if it is not written."""
     config: TileConfig
@@ -112,7 +112,9 @@ class TilePlan:
         """What the kernel writes; arrays of rows as [M / 2, 2, columns]."""
         width = self.columns * len(self.halves)
         struct = jax.ShapeDtypeStruct
-        types = {"amax": struct((self.programs,), jnp.float32)}
+        types = {}
+        if self.layouts != "none":
+            types["amax"] = struct((self.programs,), jnp.float32)
         if self.layouts in ("both", "rows"):
             types["q"] = struct((self.rows // 2, 2, width), self.dtype)
         if self.layouts in ("both", "columns"):
@@ -139,9 +141,10 @@ def scratch_types(plan: TilePlan) -> dict[str, Any]:
     types = {
         "x": rows_buffer(len(plan.inputs), wgs, stages, dtype=plan.input_dtype),
         "full": plgpu.Barrier(num_arrivals=2 * len(plan.inputs), num_barriers=wgs * stages),
-        "row_max": plgpu.SMEM((wgs, ROWS), jnp.float32),
-        "reduced": plgpu.Barrier(num_arrivals=wgs),
     }
+    if "amax" in plan.outputs:
+        types["row_max"] = plgpu.SMEM((wgs, ROWS), jnp.float32)
+        types["reduced"] = plgpu.Barrier(num_arrivals=wgs)
     if "q" in plan.outputs:
         types["q"] = rows_buffer(count, wgs, slots, dtype=plan.dtype)
     if "plain" in plan.outputs:

@@ -50,7 +50,7 @@ from pallas_kernels.quantize.sm90_plan import (
     unsupported_reason,
 )
 
-_KINDS: dict[str, Kind] = {"q": "rows", "q_t": "columns", "plain": "rows"}
+_KINDS: dict[str, Kind] = {"q": "rows", "q_t": "columns", "plain": "rows", "amax": "parts"}
 
 
 def pack_pairs(even: Array, odd: Array, dtype: Any) -> Array:
@@ -225,6 +225,8 @@ class _Kernel(NamedTuple):
                     self.smem["plain"].at[n, wg, slot, a][...] = x.astype(plan.plain_dtype)
             q = self.smem["q"].at[n, wg, slot] if "q" in self.out else None
             q_t = self.smem["q_t"][0].at[n, wg, slot] if "q_t" in self.out else None
+            if q is None and q_t is None:
+                continue
             even, odd = even.astype(jnp.float32) * inverse, odd.astype(jnp.float32) * inverse
             store_quantized(plan, even, odd, q, q_t)
 
@@ -254,7 +256,7 @@ def _kernel(*refs: Any, plan: TilePlan, compute: Callable[..., Any], **smem: Any
                 for n in range(len(plan.inputs))
             ]
             results.append(compute(*tiles))
-            for x in results[-1]:
+            for x in results[-1] if "amax" in out else ():
                 row_max = jnp.maximum(row_max, row_amax(x, interpret=plan.interpret))
         plgpu.wait_smem_to_gmem(plan.config.out_slots - 1, wait_read_only=True)
         kernel.stage_outputs(results[0], results[1], inverse, slot)
@@ -264,7 +266,8 @@ def _kernel(*refs: Any, plan: TilePlan, compute: Callable[..., Any], **smem: Any
         return row_max
 
     row_max = lax.fori_loop(0, count, step, row_zeros())
-    write_amax(plan.config.warpgroups, row_max, smem["row_max"], smem["reduced"], out["amax"])
+    if "amax" in out:
+        write_amax(plan.config.warpgroups, row_max, smem["row_max"], smem["reduced"], out["amax"])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -311,7 +314,7 @@ def run(
     arrays: tuple[Array, ...],
     scale: Array,
 ) -> tuple[Quantized, Array | None]:
-    """Runs the kernel on each device's part of the arrays (see `partition`).
+    """Runs a quantising kernel on each device's part of the arrays (see `partition`).
 
     Args:
       plan_of: the plan for arrays of some shapes.
@@ -324,8 +327,28 @@ def run(
     Raises:
       NotImplementedError: if the kernel does not support a device's part; says why.
     """
+    named = _run(plan_of, compute, arrays, scale)
+    return Quantized(named.get("q"), named.get("q_t"), named["amax"]), named.get("plain")
+
+
+def run_plain(
+    plan_of: Callable[..., TilePlan],
+    compute: Callable[..., tuple[Array, ...]],
+    arrays: tuple[Array, ...],
+) -> Array:
+    """`run` for plans with `layouts="none"`, which write nothing but the plain result."""
+    return _run(plan_of, compute, arrays, jnp.float32(1))["plain"]
+
+
+def _run(
+    plan_of: Callable[..., TilePlan],
+    compute: Callable[..., tuple[Array, ...]],
+    arrays: tuple[Array, ...],
+    scale: Array,
+) -> dict[str, Array]:
+    """What the plan writes, by name; the amax as `Quantized.amax_bits`."""
     plan = plan_of(*arrays)
-    names = [name for name in plan.outputs if name != "amax"]
+    names = list(plan.outputs)
 
     def local(*operands: Array) -> tuple[Array, ...]:
         own_plan = plan_of(*operands[:-1])
@@ -335,15 +358,14 @@ def run(
                 f"implementation='mosaic' cannot run one device's part: {reason}"
             )
         out = launch(own_plan, compute, operands[:-1], operands[-1])
-        return (*(out[name] for name in names), fold_amax(out["amax"]))
+        return tuple(fold_amax(out[name]) if name == "amax" else out[name] for name in names)
 
-    *results, amax_bits = per_device(
+    results = per_device(
         local,
         arrays,
         scale,
-        (*(_KINDS[name] for name in names), "parts"),
+        [_KINDS[name] for name in names],
         widths=[x.shape[1] // plan.columns for x in arrays],
         result_width=len(plan.halves),
     )
-    named = dict(zip(names, results, strict=True))
-    return Quantized(named.get("q"), named.get("q_t"), amax_bits), named.get("plain")
+    return dict(zip(names, results, strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-from pallas_kernels import hardware, swiglu_grad_quantize, swiglu_quantize
+from pallas_kernels import hardware, swiglu, swiglu_grad_quantize, swiglu_quantize
 from pallas_kernels.fused import sm90_swiglu
 from pallas_kernels.interpreter import interpret_kernels
 from pallas_kernels.quantize.sm90_plan import TileConfig
@@ -127,6 +127,32 @@ def test_interpreted_backward(case):
     assert not interpret_pallas_call.get_races().races_found
 
 
+@pytest.mark.parametrize(
+    ("implementation", "group", "shape", "dtype"),
+    [
+        ("xla", 16, (2, 16), "bfloat16"),
+        ("xla", 128, (32,), "float32"),
+        ("mosaic", 128, (2, 24), "bfloat16"),
+        ("mosaic", 128, (128,), "float16"),
+    ],
+)
+def test_plain_value_and_gradient(implementation, group, shape, dtype):
+    gate_up, grad = inputs(int(np.prod(shape)), 256, dtype)
+    run = functools.partial(swiglu, group=group, implementation=implementation)
+    with interpret_kernels():
+        out, pullback = jax.vjp(run, gate_up.reshape(*shape, 512))
+        (dgate_up,) = pullback(grad.reshape(*shape, 256))
+    assert (out.shape, out.dtype) == ((*shape, 256), gate_up.dtype) == (out.shape, dgate_up.dtype)
+    kept = [(x.size, x.dtype) for x in jax.tree.leaves(pullback) if x.size > 1]
+    assert kept == [(gate_up.size, gate_up.dtype)]  # only the input
+    ones = np.ones(1)
+    assert_plain_close(out.reshape(-1, 256), forward64(gate_up, group), gate_up, ones)
+    exact = backward64(gate_up, grad, group)
+    assert_plain_close(dgate_up.reshape(gate_up.shape), exact, gate_up, grad)
+    if implementation == "mosaic":
+        assert not interpret_pallas_call.get_races().races_found
+
+
 @pytest.mark.parametrize("implementation", ["xla", "mosaic"])
 def test_infinities_show_as_nan_and_in_the_amax(implementation):
     gate_up, grad = inputs(128, 128)
@@ -147,6 +173,8 @@ def cases():
     for config in sm90_swiglu.backward_candidates():
         yield "backward", config, (gate_up, grad)
     yield "backward_plain", sm90_swiglu.BACKWARD_PLAIN, (gate_up, grad)
+    yield "plain", sm90_swiglu.FORWARD, (gate_up,)
+    yield "plain_gradient", sm90_swiglu.BACKWARD, (gate_up, grad)
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: f"{case[0]}-{case[1]}")
@@ -154,6 +182,11 @@ def test_compiles_for_sm90a_without_spills(case):
     kind, config, arrays = case
     options = dict(layouts="both", config=config)
     with hardware.assume_device_kind("NVIDIA H200"):
+        if kind.startswith("plain"):
+            run = dict(plain=sm90_swiglu.forward_plain, plain_gradient=sm90_swiglu.backward_plain)
+            report = ptxas_report(functools.partial(run[kind], config=config), *arrays)
+            assert report.spilled_bytes == 0, report.text
+            return
         if kind == "forward":
             options |= dict(dtype=E4M3)
             plan = sm90_swiglu.forward_plan(arrays[0], **options)
@@ -207,6 +240,14 @@ def test_kernel_refuses_with_the_reason(shape, dtype, group, message):
         pytest.raises(NotImplementedError, match=message),
     ):
         swiglu_quantize(jnp.zeros(shape, dtype), SCALE, group=group, implementation="mosaic")
+
+
+@pytest.mark.gpu
+def test_gpu_plain():
+    gate_up, grad = inputs(2064, 5632)
+    out, pullback = jax.vjp(functools.partial(swiglu, implementation="mosaic"), gate_up)
+    assert_plain_close(out, forward64(gate_up, 128), gate_up, np.ones(1))
+    assert_plain_close(pullback(grad)[0], backward64(gate_up, grad, 128), gate_up, grad)
 
 
 @pytest.mark.gpu

@@ -58,6 +58,19 @@ def test_sharded_matrices_are_not_gathered(spec, axis_type, function, width):
     assert all(shape.startswith("s32[") for shape in collectives)
 
 
+def test_without_an_amax_any_split_of_the_rows_will_do():
+    def run(x, scale):
+        double = lambda x, scale: (x * scale,)  # noqa: E731
+        return per_device(double, (x,), scale, ["rows"], widths=(1,), result_width=1)[0]
+
+    mesh = jax.make_mesh((6,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:6])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X[:96], NamedSharding(mesh, P("data")))
+        compiled = jax.jit(run).lower(x, SCALE).compile()
+        np.testing.assert_array_equal(compiled(x, SCALE), SCALE * X[:96])
+    assert "all-gather" not in compiled.as_text()
+
+
 def test_shard_map_sees_its_own_part():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
