@@ -24,6 +24,7 @@ from pallas_kernels import Fp8Options, flash_attention
 from pallas_kernels.flash_attention import (
     fp8_quantize,
     sm90_bwd_fp8,
+    sm90_bwd_fp8_plan,
     sm90_fp8,
     sm90_fwd_fp8,
     tuning,
@@ -350,7 +351,7 @@ def _forward_kernel(spec: AttentionSpec, config: Any, q: Any, k: Any, v: Any) ->
 
 def _backward_kernel(spec: AttentionSpec, q: Any, k: Any, v: Any, dout: Any) -> Call:
     """The backward kernel on operands that are ready; clearing dQ is part of it."""
-    plan = sm90_bwd_fp8.Plan(spec=spec)
+    plan = sm90_bwd_fp8_plan.Plan(spec=spec)
 
     @jax.jit
     def prepare(q: Any, k: Any, v: Any, dout: Any) -> Any:

@@ -117,8 +117,8 @@ def flash_attention(
         needs a Hopper GPU; segment ids cost it a mask of B * T * S 16-bit numbers. None takes the
         best that can run; see `flash_attention_choice`.
       deterministic: gradients are the same bit for bit on every run. None leaves it to the
-        implementation: "xla" and "mosaic" are deterministic then, "cudnn" is not and refuses True.
-        False lets "mosaic" add to dq in any order.
+        implementation: "xla" and "mosaic" are deterministic then, but "mosaic" in FP8 and "cudnn"
+        are not, and "cudnn" refuses True. False lets "mosaic" add to dq in any order.
       return_lse: return the log-sum-exp of the logits too.
 
     Returns:
@@ -213,10 +213,6 @@ def _plan(
     _check_option("precision", precision, get_args(Precision))
     _check_option("implementation", implementation, (*get_args(Implementation), None))
     _check_option("deterministic", deterministic, (True, False, None))
-    if deterministic is not None and precision != "bf16":
-        raise ValueError(
-            f"{deterministic=} is for precision='bf16' alone (got {precision!r}); use fp8_options"
-        )
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(q.shape[3])
     # A kernel folds the factor into its constants, so it cannot be a traced array.

@@ -28,8 +28,6 @@ class Fp8Options:
     """8-bit format of the output's gradient."""
     backward: Literal["fp8", "bf16"] = "fp8"
     """Precision of the backward's matrix products."""
-    deterministic: bool = False
-    """Add dq in a fixed order."""
     quantize_implementation: Literal["xla", "mosaic"] = "xla"
     """Who rounds and transposes factors for the Mosaic kernels: XLA, or kernels that read each
     tensor once."""

@@ -20,13 +20,16 @@ have as A operands), k as rows and as columns (`fp8.permute_28` along the keys).
 memory transposed: the bytes of keys g and g + 8 make one 16-bit unit, and stmatrix transposes
 units; hence that order. `dS_full` and `dS_free` order the exchange between the warpgroups.
 
-Not supported: head dims other than 64 and 128 (dK and dV of 256 do not fit the registers); adding
-dQ in a fixed order.
+Deterministic mode: tiles that add to the same part of dQ take turns in the order of their keys,
+counted in global memory (`turns`); the producer waits for a step's turn, and tells the compute
+warpgroups by the barrier `turn`. A tile waits only for tiles of smaller CTA index, which have begun
+before, because the hardware starts CTAs in order.
+
+Not supported: head dims other than 64 and 128 (dK and dV of 256 do not fit the registers).
 """
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -36,8 +39,18 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.config import AttentionSpec
-from pallas_kernels.flash_attention.fp8 import E4M3, E5M2
+from pallas_kernels.flash_attention.fp8 import E4M3
+from pallas_kernels.flash_attention.sm90_bwd_fp8_plan import (
+    BLOCK_Q,
+    TILE_KV,
+    TURN_SLOTS,
+    WARPGROUPS,
+    Inputs,
+    Plan,
+    Scalars,
+    Scratch,
+    scratch_types,
+)
 from pallas_kernels.flash_attention.sm90_fwd_plan import BlockRange
 from pallas_kernels.mosaic import (
     PER_COLUMN,
@@ -48,140 +61,9 @@ from pallas_kernels.mosaic import (
     keep_equal,
     launcher,
     store_transposed_8_bits,
-    tile_transforms,
 )
 
-BLOCK_Q = 64
-"""Queries of one step."""
-TILE_KV = 2 * ROWS
-"""Keys of one CTA."""
-_WARPGROUPS = 2
 _REGISTERS, _PRODUCER_REGISTERS = 240, 24
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """Everything static about one launch."""
-
-    spec: AttentionSpec
-    """What is computed."""
-    num_stages: int = 2
-    """Buffers for each of the query side's factors."""
-    interpret: bool = False
-    """Runs in the CPU interpreter, which lacks A operands in registers and TMA additions."""
-
-    @property
-    def num_kv_tiles(self) -> int:
-        """Tiles along S; the last may reach beyond it."""
-        return pl.cdiv(self.spec.key_length, TILE_KV)
-
-    @property
-    def num_q_blocks(self) -> int:
-        """Blocks along T; the last may reach beyond it."""
-        return pl.cdiv(self.spec.query_length, BLOCK_Q)
-
-    @property
-    def group(self) -> int:
-        """Query heads of a key/value head."""
-        return self.spec.num_heads // self.spec.num_kv_heads
-
-    @property
-    def gradient_dtype(self) -> Any:
-        """Of dO."""
-        return {"e4m3": E4M3, "e5m2": E5M2}[self.spec.fp8.gradient_format]
-
-    @property
-    def dq_columns(self) -> int:
-        """Channels of dQ that a warpgroup computes."""
-        return self.spec.head_dim // _WARPGROUPS
-
-
-class Inputs(NamedTuple):
-    """Global memory that the kernel reads; lengths are rounded up to whole blocks or tiles."""
-
-    q: Any  # [B, T, N, H]
-    k: Any  # [B, S, K, H]
-    v: Any  # [B, S, K, H]
-    dout: Any  # [B, T, N, H]
-    q_t: Any  # [B, N, H, T]: q 2^(R - E - t), in the order of permute_16
-    dout_t: Any  # [B, N, H, T]: dO 2^-E, in the order of permute_16
-    k_t: Any  # [B, K, H, S], in the order of permute_28
-    rows: Any  # [B, N, T / BLOCK_Q, 3, BLOCK_Q], float32: offset, delta, c / k_scale
-    scalars: Any  # [B, K, num_kv_tiles, 4], float32: `Scalars`
-    block_ranges: Any  # [B or 1, num_kv_tiles, 4], int32: `BlockRange` of query blocks
-    q_ids: Any = None  # [B, T], int32, or None
-    kv_ids: Any = None  # [B, S], int32, or None
-
-
-class Scalars(NamedTuple):
-    """Numbers of a tile of keys."""
-
-    k_scale: Any
-    slope: Any
-    dk_factor: Any
-    dv_factor: Any
-
-
-class Scratch(NamedTuple):
-    """Shared memory and barriers of one CTA; a barrier's comment names producer and consumer."""
-
-    k: Any  # [TILE_KV, H]
-    v: Any  # [TILE_KV, H]
-    k_t: Any  # [2, H, ROWS]
-    q: Any  # [num_stages, BLOCK_Q, H]
-    dout: Any  # [num_stages, BLOCK_Q, H]
-    q_t: Any  # [num_stages, H, BLOCK_Q]
-    dout_t: Any  # [num_stages, H, BLOCK_Q]
-    rows: Any  # [num_stages, 3, BLOCK_Q], float32
-    q_ids: Any  # [num_stages, BLOCK_Q], int32, or None
-    ds: Any  # [2, BLOCK_Q, ROWS]: dS of each warpgroup, as bytes and as units of 16 bits
-    staging: Any  # what leaves: dQ [2, BLOCK_Q, dq_columns], float32, or dK, dV [2, ROWS, H]
-    operands: Any  # [2, 2, ROWS, BLOCK_Q], interpreter only: A operands of dV and dK
-    kv_full: Any  # TMA -> compute
-    rows_full: Any  # TMA -> compute, one per stage: q, dout and the numbers of each query
-    columns_full: Any  # TMA -> compute, one per stage: q_t and dout_t
-    rows_free: Any  # compute -> producer, one per stage
-    columns_free: Any  # compute -> producer, one per stage
-    ds_full: Any  # compute -> compute: both warpgroups have written dS
-    ds_free: Any  # compute -> compute: both have multiplied it
-
-
-def scratch_types(plan: Plan) -> Scratch:
-    """Returns the shared-memory plan."""
-    h, stages = plan.spec.head_dim, plan.num_stages
-    has_segments = plan.spec.has_segments
-
-    def tile(shape: tuple[int, ...], dtype: Any = E4M3) -> Any:
-        transforms = tile_transforms(jnp.dtype(dtype).itemsize, shape[-1])
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-    ds = tile((_WARPGROUPS, BLOCK_Q, ROWS))
-    units = tile((_WARPGROUPS, BLOCK_Q, ROWS // 2), jnp.bfloat16)
-    dq = tile((_WARPGROUPS, BLOCK_Q, plan.dq_columns), jnp.float32)
-    gradients = tile((_WARPGROUPS, ROWS, h), plan.spec.dtype)
-    barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
-    return Scratch(
-        k=tile((TILE_KV, h)),
-        v=tile((TILE_KV, h)),
-        k_t=tile((_WARPGROUPS, h, ROWS)),
-        q=tile((stages, BLOCK_Q, h)),
-        dout=tile((stages, BLOCK_Q, h), plan.gradient_dtype),
-        q_t=tile((stages, h, BLOCK_Q)),
-        dout_t=tile((stages, h, BLOCK_Q), plan.gradient_dtype),
-        rows=plgpu.SMEM((stages, 3, BLOCK_Q), jnp.float32),
-        q_ids=plgpu.SMEM((stages, BLOCK_Q), jnp.int32) if has_segments else None,
-        ds=ds if plan.interpret else plgpu.RefUnion((units,), (ds,)),
-        # The interpreter knows no unions; it adds to dQ without staging.
-        staging=((), (gradients,)) if plan.interpret else plgpu.RefUnion((dq,), (gradients,)),
-        operands=tile((_WARPGROUPS, 2, ROWS, BLOCK_Q)) if plan.interpret else None,
-        kv_full=plgpu.Barrier(num_arrivals=2 + _WARPGROUPS),
-        rows_full=barrier(num_arrivals=3 + has_segments),
-        columns_full=barrier(num_arrivals=2),
-        rows_free=barrier(num_arrivals=_WARPGROUPS),
-        columns_free=barrier(num_arrivals=_WARPGROUPS),
-        ds_full=plgpu.Barrier(num_arrivals=_WARPGROUPS),
-        ds_free=plgpu.Barrier(num_arrivals=_WARPGROUPS),
-    )
 
 
 class _Tile(NamedTuple):
@@ -194,6 +76,7 @@ class _Tile(NamedTuple):
     kv_head: Array
     kv_tile: Array
     blocks: BlockRange  # of queries
+    counters: Any  # [num_turns], semaphores: warpgroups that have added to dQ; or None
 
     def for_each_step(self, body: Any) -> Array:
         """Calls body(head, block, step) for each head of the group and each block of queries;
@@ -211,6 +94,41 @@ class _Tile(NamedTuple):
         lax.fori_loop(0, self.plan.group, in_head, None)
         return self.plan.group * count
 
+    def await_turn(self, step: Array) -> None:
+        """Waits until all tiles that come before have added to dQ of a step; tells `_compute`."""
+        if not self.plan.takes_turns:
+            return
+        if self.counters is not None:
+            row = self.batch if self.plan.spec.has_segments else 0
+            _, block = self.position(step)
+            before = self.inputs.turns[row, self.kv_tile, block] * WARPGROUPS
+            counter = self.counter(step)
+            plgpu.semaphore_wait(counter, before, decrement=False, memory_scope="gpu")
+        plgpu.barrier_arrive(self.turn(step))
+
+    def pass_turn(self, step: Array) -> None:
+        """Waits until dQ of a step is in global memory, and lets the next tile add to it."""
+        if self.counters is not None:
+            plgpu.wait_smem_to_gmem(0)
+            plgpu.semaphore_signal(self.counter(step), memory_scope="gpu")
+
+    def position(self, step: Array) -> tuple[Array, Array]:
+        """Head and block of queries of a step."""
+        count = self.blocks.stop - self.blocks.start
+        head = self.kv_head * self.plan.group + lax.div(step, count)
+        return head, self.blocks.start + lax.rem(step, count)
+
+    def counter(self, step: Array) -> Any:
+        """The counter of the additions to dQ of a step; step -1 has one that nobody reads."""
+        head, block = self.position(step)
+        row = self.batch * self.plan.spec.num_heads + head
+        index = row * self.plan.num_q_blocks + block
+        return self.counters.at[jnp.where(step < 0, self.plan.num_turns - 1, index)]
+
+    def turn(self, step: Array) -> Any:
+        """The barrier of a step's turn."""
+        return self.scratch.turn.at[lax.rem(step, jnp.int32(TURN_SLOTS))]
+
     def scalars(self) -> Scalars:
         """The numbers of this tile."""
         index = self.batch, self.kv_head, self.kv_tile
@@ -221,7 +139,7 @@ class _Tile(NamedTuple):
         return lax.rem(step, jnp.int32(self.plan.num_stages))
 
 
-def _tile_of(plan: Plan, inputs: Inputs, scratch: Scratch) -> _Tile:
+def _tile_of(plan: Plan, inputs: Inputs, scratch: Scratch, counters: Any) -> _Tile:
     """This CTA's tile: the first keys, which a causal mask shows to the most queries, go first."""
     heads = plan.spec.batch_size * plan.spec.num_kv_heads
     cta = lax.axis_index("cta")
@@ -230,7 +148,7 @@ def _tile_of(plan: Plan, inputs: Inputs, scratch: Scratch) -> _Tile:
     kv_head = lax.rem(index, jnp.int32(plan.spec.num_kv_heads))
     row = batch if plan.spec.has_segments else 0
     blocks = BlockRange(*(inputs.block_ranges[row, kv_tile, i] for i in range(4)))
-    return _Tile(plan, inputs, scratch, batch, kv_head, kv_tile, blocks)
+    return _Tile(plan, inputs, scratch, batch, kv_head, kv_tile, blocks, counters)
 
 
 def _produce(tile: _Tile) -> None:
@@ -240,7 +158,7 @@ def _produce(tile: _Tile) -> None:
     keys = pl.ds(tile.kv_tile * TILE_KV, TILE_KV)
     plgpu.copy_gmem_to_smem(inputs.k.at[batch, keys, kv_head], scratch.k, scratch.kv_full)
     plgpu.copy_gmem_to_smem(inputs.v.at[batch, keys, kv_head], scratch.v, scratch.kv_full)
-    for wg in range(_WARPGROUPS):
+    for wg in range(WARPGROUPS):
         half = pl.ds(tile.kv_tile * TILE_KV + wg * ROWS, ROWS)
         source = inputs.k_t.at[batch, kv_head, :, half]
         plgpu.copy_gmem_to_smem(source, scratch.k_t.at[wg], scratch.kv_full)
@@ -262,8 +180,11 @@ def _produce(tile: _Tile) -> None:
         for source, target in ((inputs.q_t, scratch.q_t), (inputs.dout_t, scratch.dout_t)):
             columns = source.at[batch, head, :, queries]
             plgpu.copy_gmem_to_smem(columns, target.at[slot], columns_full)
+        # Not before the loads that the step before needs to get to its turn.
+        pl.when(step > 0)(lambda: tile.await_turn(step - 1))
 
-    tile.for_each_step(load)
+    num_steps = tile.for_each_step(load)
+    pl.when(num_steps > 0)(lambda: tile.await_turn(num_steps - 1))
     if plan.interpret:  # which insists that somebody waits for every arrival
         for slot in range(plan.num_stages):
             plgpu.barrier_wait(scratch.rows_free.at[slot])
@@ -287,15 +208,17 @@ def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
     plgpu.barrier_wait(scratch.kv_full)
 
     def run(dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
-        def step(head: Array, block: Array, step: Array) -> None:
+        def run_step(head: Array, block: Array, step: Array) -> None:
             slot = tile.slot(step)
             p, ds = _probabilities(tile, scalars, kv_ids, block, slot)
             _add_dk_dv(tile, dk_acc, dv_acc, p, ds, slot)
             dq = _dq(tile, ds)
             plgpu.barrier_arrive(scratch.columns_free.at[slot])
-            _send_dq(tile, dq_gmem, dq, head, block)
+            _send_dq(tile, dq_gmem, dq, head, block, step)
 
-        tile.for_each_step(step)
+        num_steps = tile.for_each_step(run_step)
+        if plan.takes_turns:
+            pl.when(num_steps > 0)(lambda: tile.pass_turn(num_steps - 1))
         return dk_acc[...], dv_acc[...]
 
     accumulator = plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
@@ -398,7 +321,7 @@ def _dq(tile: _Tile, ds: Array) -> Array:
     columns = pl.ds(wg * plan.dq_columns, plan.dq_columns)
 
     def product(acc: Any) -> Array:
-        for half in range(_WARPGROUPS):
+        for half in range(WARPGROUPS):
             k_t = scratch.k_t.at[half, columns]
             plgpu.wgmma(acc, ds_bytes.at[half], k_t.transpose((1, 0)))
         return acc[...]
@@ -406,7 +329,7 @@ def _dq(tile: _Tile, ds: Array) -> Array:
     return pl.run_scoped(product, plgpu.ACC((BLOCK_Q, plan.dq_columns), jnp.float32))
 
 
-def _send_dq(tile: _Tile, dq_gmem: Any, dq: Array, head: Array, block: Array) -> None:
+def _send_dq(tile: _Tile, dq_gmem: Any, dq: Array, head: Array, block: Array, step: Array) -> None:
     """Adds a part of dQ to global memory; afterwards dS may be overwritten."""
     plan, scratch = tile.plan, tile.scratch
     wg = lax.axis_index("wg")
@@ -414,33 +337,41 @@ def _send_dq(tile: _Tile, dq_gmem: Any, dq: Array, head: Array, block: Array) ->
     columns = pl.ds(wg * plan.dq_columns, plan.dq_columns)
     target = dq_gmem.at[tile.batch, pl.ds(block * BLOCK_Q, BLOCK_Q), head, columns]
     if plan.interpret:
+        if plan.takes_turns:
+            plgpu.barrier_wait(tile.turn(step))
         target[...] = target[...] + dq
     else:
         (staged,), _ = scratch.staging
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        tile.pass_turn(step - 1)
         staged.at[wg][...] = dq
         plgpu.commit_smem()
+        if plan.takes_turns:
+            plgpu.barrier_wait(tile.turn(step))
         plgpu.copy_smem_to_gmem(staged.at[wg], target, reduction_op="add")
     plgpu.barrier_wait(scratch.ds_free)
 
 
 def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     """Splits the warpgroups into compute and producer."""
-    num_inputs = len(Inputs._fields) - (0 if plan.spec.has_segments else 2)
-    inputs = Inputs(*refs[:num_inputs])
-    dq, dk, dv = refs[num_inputs:]
+    *given, dq, dk, dv = refs
+    turns = given.pop() if plan.takes_turns else None
+    inputs = Inputs(*given)._replace(turns=turns)
+    counters = None
+    if plan.takes_turns and not plan.interpret:
+        counters = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_turns,)))
     scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
     wg = lax.axis_index("wg")
 
-    @pl.when(wg < _WARPGROUPS)
+    @pl.when(wg < WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(_REGISTERS, action="increase")
-        _compute(_tile_of(plan, inputs, scratch), (dk, dv, dq))
+        _compute(_tile_of(plan, inputs, scratch, counters), (dk, dv, dq))
 
-    @pl.when(wg == _WARPGROUPS)
+    @pl.when(wg == WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(_tile_of(plan, inputs, scratch))
+        _produce(_tile_of(plan, inputs, scratch, counters))
 
 
 @launcher("plan")
@@ -466,7 +397,7 @@ def launch(inputs: Inputs, *, plan: Plan) -> tuple[Array, Array, Array]:
         scratch_types=scratch,
         grid=(plan.num_kv_tiles * spec.batch_size * spec.num_kv_heads,),
         grid_names=("cta",),
-        num_threads=_WARPGROUPS + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="wg",
         kernel_name="flash_attention_bwd_fp8",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

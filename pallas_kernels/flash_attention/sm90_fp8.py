@@ -19,6 +19,7 @@ from pallas_kernels.flash_attention import (
     fp8_vjp,
     sm90,
     sm90_bwd_fp8,
+    sm90_bwd_fp8_plan,
     sm90_columns_fp8,
     sm90_fwd_fp8,
     sm90_quantize_fp8,
@@ -165,7 +166,7 @@ def fp8_backward(
     reason = _backward_unsupported_reason(spec)
     if reason is not None:
         raise NotImplementedError(f"precision='fp8' cannot be differentiated here: {reason}")
-    plan = sm90_bwd_fp8.Plan(spec=spec, interpret=interpret)
+    plan = sm90_bwd_fp8_plan.Plan(spec=spec, interpret=interpret)
     operands = backward_operands(inputs, gradients, q_segment_ids, kv_segment_ids, plan)
     dq, dk, dv = sm90_bwd_fp8.launch(operands, plan=plan)
     return dq[:, : spec.query_length], dk[:, : spec.key_length], dv[:, : spec.key_length]
@@ -176,11 +177,11 @@ def backward_operands(
     gradients: fp8.Gradients,
     q_segment_ids: Array | None,
     kv_segment_ids: Array | None,
-    plan: sm90_bwd_fp8.Plan,
-) -> sm90_bwd_fp8.Inputs:
+    plan: sm90_bwd_fp8_plan.Plan,
+) -> sm90_bwd_fp8_plan.Inputs:
     """Returns the argument of `sm90_bwd_fp8.launch`: padded, and with transposed copies."""
-    length = plan.num_q_blocks * sm90_bwd_fp8.BLOCK_Q
-    key_length = plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV
+    length = plan.num_q_blocks * sm90_bwd_fp8_plan.BLOCK_Q
+    key_length = plan.num_kv_tiles * sm90_bwd_fp8_plan.TILE_KV
     queries = functools.partial(_pad, length=length)
     keys = functools.partial(_pad, length=key_length)
     dout, q_t, dout_t, k_t = _backward_factors(inputs, gradients, plan)
@@ -195,8 +196,8 @@ def backward_operands(
         ],
         axis=2,
     )
-    rows = rows.reshape(*rows.shape[:3], -1, sm90_bwd_fp8.BLOCK_Q).swapaxes(2, 3)
-    scalars = sm90_bwd_fp8.Scalars(
+    rows = rows.reshape(*rows.shape[:3], -1, sm90_bwd_fp8_plan.BLOCK_Q).swapaxes(2, 3)
+    scalars = sm90_bwd_fp8_plan.Scalars(
         inputs.k_scale,
         gradients.slope,
         gradients.dk_factor[..., None],
@@ -206,7 +207,8 @@ def backward_operands(
     ids = None, None
     if q_segment_ids is not None and kv_segment_ids is not None:
         ids = sm90.pad_ids(q_segment_ids, length), sm90.pad_ids(kv_segment_ids, key_length)
-    return sm90_bwd_fp8.Inputs(
+    ranges = query_block_ranges(plan, *ids)
+    return sm90_bwd_fp8_plan.Inputs(
         q=queries(inputs.q),
         k=keys(inputs.k),
         v=keys(inputs.v),
@@ -216,20 +218,21 @@ def backward_operands(
         k_t=k_t,
         rows=rows,
         scalars=scalars,
-        block_ranges=query_block_ranges(plan, *ids),
+        block_ranges=ranges,
         q_ids=ids[0],
         kv_ids=ids[1],
+        turns=turns_of(plan, ranges) if plan.takes_turns else None,
     )
 
 
 def _backward_factors(
-    inputs: fp8.Inputs, gradients: fp8.Gradients, plan: sm90_bwd_fp8.Plan
+    inputs: fp8.Inputs, gradients: fp8.Gradients, plan: sm90_bwd_fp8_plan.Plan
 ) -> tuple[Array, Array, Array, Array]:
     """Returns dO by rows, and by columns q, dO and k."""
     source = gradients.source
     if plan.spec.fp8.quantize_implementation == "xla":
-        length = plan.num_q_blocks * sm90_bwd_fp8.BLOCK_Q
-        key_length = plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV
+        length = plan.num_q_blocks * sm90_bwd_fp8_plan.BLOCK_Q
+        key_length = plan.num_kv_tiles * sm90_bwd_fp8_plan.TILE_KV
         return (
             gradients.dout,
             _columns(gradients.q_rows, length, 16),
@@ -250,7 +253,9 @@ def _backward_factors(
     return dout, q_t, dout_t, k_t
 
 
-def query_block_ranges(plan: sm90_bwd_fp8.Plan, q_ids: Array | None, kv_ids: Array | None) -> Array:
+def query_block_ranges(
+    plan: sm90_bwd_fp8_plan.Plan, q_ids: Array | None, kv_ids: Array | None
+) -> Array:
     """Returns which query blocks each tile of keys needs, as `sm90.block_ranges` does the reverse.
 
     Args:
@@ -263,8 +268,8 @@ def query_block_ranges(plan: sm90_bwd_fp8.Plan, q_ids: Array | None, kv_ids: Arr
     """
     spec = plan.spec
     if q_ids is None or kv_ids is None:
-        q_ids = jnp.zeros((1, plan.num_q_blocks * sm90_bwd_fp8.BLOCK_Q), jnp.int32)
-        kv_ids = jnp.zeros((1, plan.num_kv_tiles * sm90_bwd_fp8.TILE_KV), jnp.int32)
+        q_ids = jnp.zeros((1, plan.num_q_blocks * sm90_bwd_fp8_plan.BLOCK_Q), jnp.int32)
+        kv_ids = jnp.zeros((1, plan.num_kv_tiles * sm90_bwd_fp8_plan.TILE_KV), jnp.int32)
     mirrored = dataclasses.replace(
         spec,
         band=Band(left=spec.band.right, right=spec.band.left),
@@ -276,10 +281,25 @@ def query_block_ranges(plan: sm90_bwd_fp8.Plan, q_ids: Array | None, kv_ids: Arr
         q_ids.reshape(q_ids.shape[0], plan.num_q_blocks, -1),
         mirrored,
     )
-    if spec.key_length % sm90_bwd_fp8.TILE_KV == 0:
+    if spec.key_length % sm90_bwd_fp8_plan.TILE_KV == 0:
         return ranges
     # The last tile reaches beyond the keys: all its blocks are masked.
     return ranges.at[:, -1, 2:].set(plan.num_q_blocks)
+
+
+def turns_of(plan: sm90_bwd_fp8_plan.Plan, ranges: Array) -> Array:
+    """Returns how many tiles of smaller keys add to dQ of each block of queries before each tile.
+
+    Args:
+      plan: of the backward.
+      ranges: of `query_block_ranges`.
+
+    Returns:
+      `[B or 1, num_kv_tiles, num_q_blocks]`, int32.
+    """
+    block = jnp.arange(plan.num_q_blocks, dtype=jnp.int32)
+    adds = ((ranges[:, :, :1] <= block) & (block < ranges[:, :, 1:2])).astype(jnp.int32)
+    return jnp.cumsum(adds, axis=1) - adds
 
 
 def _backward_unsupported_reason(spec: AttentionSpec) -> str | None:
@@ -288,11 +308,6 @@ def _backward_unsupported_reason(spec: AttentionSpec) -> str | None:
         return (
             f"q.shape[3]={spec.head_dim} is not one of {BACKWARD_HEAD_DIMS}; pass"
             " fp8_options=Fp8Options(backward='bf16')"
-        )
-    if spec.fp8.deterministic:
-        return (
-            "the kernel adds dq in the order in which tiles finish; pass"
-            " fp8_options=Fp8Options(backward='bf16') or deterministic=False"
         )
     return None
 
@@ -324,6 +339,6 @@ def bf16_backward(
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
     """Implements `fp8_vjp.Kernels.bf16_backward`."""
-    spec = dataclasses.replace(spec, precision="bf16", deterministic=spec.fp8.deterministic)
+    spec = dataclasses.replace(spec, precision="bf16")
     ids = q_segment_ids, kv_segment_ids
     return sm90.backward(q, k, v, *ids, *outputs, *gradients, spec)

@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks import attention, attention_fp8_worker, attention_worker
 from benchmarks.attention import SHAPES
 from pallas_kernels import hardware
-from pallas_kernels.flash_attention import fp8_quantize, sm90_bwd_fp8, sm90_fp8
+from pallas_kernels.flash_attention import fp8_quantize, sm90_bwd_fp8, sm90_bwd_fp8_plan, sm90_fp8
 
 
 def test_every_shape_is_timed_with_its_shipped_config():
@@ -68,7 +68,7 @@ def test_kernels_of_the_largest_shapes_lower_with_what_the_benchmark_gives_them(
     q = jax.ShapeDtypeStruct((shape.b, shape.t, shape.n, shape.h), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((shape.b, shape.t, shape.k, shape.h), jnp.bfloat16)
     with hardware.assume_device_kind("NVIDIA H200"):
-        backward_plan = sm90_bwd_fp8.Plan(spec=spec)
+        backward_plan = sm90_bwd_fp8_plan.Plan(spec=spec)
 
         def both(q, k, v, dout):
             inputs = fp8_quantize.quantize_inputs(q, k, v, spec)

@@ -9,14 +9,23 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import Fp8Options, flash_attention, hardware
-from pallas_kernels.flash_attention import fp8, fp8_quantize, fp8_xla, sm90_bwd_fp8, sm90_fp8
+from pallas_kernels.flash_attention import (
+    fp8,
+    fp8_quantize,
+    fp8_xla,
+    sm90_bwd_fp8_plan,
+    sm90_fp8,
+)
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.compile_gate import ptxas_report
 from tests.pallas_kernels.flash_attention.test_sm90_fp8_forward import arguments, spec_of
 
 INTERPRETED = [
     (Case(name="causal_gqa_ragged", b=1, t=150, s=150, n=2, k=1, h=64, is_causal=True), {}),
-    (Case(name="window_t_over_s", b=1, t=200, s=260, n=1, k=1, h=64, window=(50, 20)), {}),
+    (
+        Case(name="window_t_over_s", b=1, t=200, s=260, n=2, k=1, h=64, window=(50, 20)),
+        dict(deterministic=True),
+    ),
     (
         Case(name="packed_e5m2", b=2, t=140, s=140, n=1, k=1, h=64, segments="padded"),
         dict(gradient_format="e5m2"),
@@ -65,9 +74,13 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=str)
-def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
-    spec = spec_of(case)
+@pytest.mark.parametrize(
+    ("case", "deterministic"),
+    [*((case, False) for case in COMPILED), *((case, True) for case in COMPILED[1:])],
+    ids=str,
+)
+def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, deterministic):
+    spec = spec_of(case, deterministic=deterministic)
     q, k, v, *ids = arguments(case)
 
     def operands(q, k, v, out):
@@ -119,20 +132,27 @@ def test_the_whole_gradient_lowers_for_cuda(options):
 
 def test_query_blocks_of_a_causal_mask_and_a_window_by_hand():
     case = Case(name="x", b=1, t=256, s=300, n=1, k=1, h=64, is_causal=True)
-    ranges = sm90_fp8.query_block_ranges(sm90_bwd_fp8.Plan(spec=spec_of(case)), None, None)
+    ranges = sm90_fp8.query_block_ranges(sm90_bwd_fp8_plan.Plan(spec=spec_of(case)), None, None)
     # Keys 0-127, 128-255, 256-299; blocks of 64 queries. Keys 256 and up are seen by nobody, and
     # the last tile reaches beyond the keys.
     np.testing.assert_array_equal(ranges[0], [[0, 4, 2, 4], [2, 4, 4, 4], [3, 4, 4, 4]])
     case = dataclasses.replace(case, s=256, is_causal=False, window=(64, 0))
-    ranges = sm90_fp8.query_block_ranges(sm90_bwd_fp8.Plan(spec=spec_of(case)), None, None)
+    ranges = sm90_fp8.query_block_ranges(sm90_bwd_fp8_plan.Plan(spec=spec_of(case)), None, None)
     np.testing.assert_array_equal(ranges[0, :, :2], [[0, 3], [2, 4]])
+
+
+def test_turns_of_a_window_by_hand():
+    case = Case(name="x", b=1, t=256, s=256, n=1, k=1, h=64, window=(64, 0))
+    plan = sm90_bwd_fp8_plan.Plan(spec=spec_of(case, deterministic=True))
+    # Keys 0-127 are seen by blocks 0 to 2 of 64 queries, keys 128-255 by blocks 2 and 3.
+    turns = sm90_fp8.turns_of(plan, sm90_fp8.query_block_ranges(plan, None, None))
+    np.testing.assert_array_equal(turns[0], [[0, 0, 0, 0], [1, 1, 1, 0]])
 
 
 @pytest.mark.parametrize(
     ("h", "options", "message"),
     [
         (256, {}, r"q.shape\[3\]=256 is not one of .64, 128.*backward='bf16'"),
-        (64, dict(deterministic=True), "the order in which tiles finish; pass"),
         (256, dict(quantize_implementation="mosaic"), "quantize_implementation='xla'"),
     ],
 )

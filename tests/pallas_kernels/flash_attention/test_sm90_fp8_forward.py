@@ -14,7 +14,7 @@ from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.compile_gate import ptxas_report
 
 
-def spec_of(case, **options):
+def spec_of(case, deterministic=None, **options):
     return AttentionSpec(
         batch_size=case.b,
         query_length=case.t,
@@ -29,6 +29,7 @@ def spec_of(case, **options):
         return_lse=True,
         precision="fp8",
         fp8=Fp8Options(**options),
+        deterministic=deterministic,
     )
 
 
