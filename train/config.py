@@ -190,7 +190,8 @@ class DataConfig:
     """Where the text comes from and how it becomes batches."""
 
     path: tuple[str, ...] = ("python-stdlib",)
-    """Files or folders; "python-stdlib" is the source text of this Python's own library."""
+    """Files or folders; "python-stdlib" is the source text of this Python's own library,
+    "python-packages" that of the packages installed beside it."""
     format: Literal["auto", "text", "jsonl", "parquet", "tokens"] = "auto"
     """Kind of the files; auto goes by their endings."""
     glob: str = "**/*"

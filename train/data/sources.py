@@ -8,6 +8,7 @@ one memory-mapped shard.
 import dataclasses
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from train.config import DataConfig
 from train.data.errors import DataError
 
 STDLIB = "python-stdlib"
+PACKAGES = "python-packages"
 SHARD_META = "meta.json"
 SHARD_TOKENIZER = "tokenizer.json"
 
@@ -30,6 +32,7 @@ SHARD_TOKENIZER = "tokenizer.json"
 WHOLE_FILE_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16
 
+_PACKAGE_FOLDERS = frozenset(("site-packages", "dist-packages"))
 _PARQUET_ROWS = 1024  # rows decoded at a time
 _SCAN_TOKENS = 1 << 24  # tokens of a shard checked at a time
 
@@ -89,8 +92,8 @@ def find_files(config: DataConfig) -> list[SourceFile]:
     """
     files = []
     for name in config.path:
-        if name == STDLIB:
-            files += _stdlib_files(config)
+        if name in (STDLIB, PACKAGES):
+            files += _python_files(name, config)
             continue
         path = Path(name).expanduser()
         if path.is_dir():
@@ -101,7 +104,7 @@ def find_files(config: DataConfig) -> list[SourceFile]:
         elif not path.exists():
             raise DataError(
                 f"--data.path {name!r} does not exist (looked for {path.absolute()}); give a"
-                f" file, a folder or {STDLIB!r}"
+                f" file, a folder, {STDLIB!r} or {PACKAGES!r}"
             )
         elif path.stat().st_size == 0 or not path.is_file():
             raise DataError(f"--data.path {name!r} is empty or not a regular file; nothing to read")
@@ -156,33 +159,39 @@ def _source_file(path: Path, config: DataConfig, unit: str = "") -> SourceFile:
     return SourceFile(path.absolute(), kind, stat.st_size, stat.st_mtime_ns, shard=shard, unit=unit)
 
 
-def _stdlib_files(config: DataConfig) -> list[SourceFile]:
-    root = Path(sysconfig.get_path("stdlib"))
-    matches = [
-        match
-        for match in root.rglob("*.py")
-        if not {"site-packages", "dist-packages"} & set(match.relative_to(root).parts)
-    ]
-    if not matches:
-        raise DataError(
-            f"--data.path {STDLIB!r}: no *.py files in {root}; this Python ships without its"
-            " sources, so give files"
-        )
+def _python_files(name: str, config: DataConfig) -> list[SourceFile]:
+    """Lists the `*.py` files that STDLIB or PACKAGES stands for, each with its package as unit."""
+    if name == STDLIB:
+        roots, apart = [Path(sysconfig.get_path("stdlib"))], _PACKAGE_FOLDERS
+    else:
+        roots, apart = _package_folders(), frozenset[str]()
     files = []
-    for match in sorted(matches, key=lambda match: match.relative_to(root).as_posix()):
-        stat = match.stat()
-        # A few files of its test suite are in other encodings on purpose.
-        files.append(
-            SourceFile(
-                match,
-                "text",
-                stat.st_size,
-                stat.st_mtime_ns,
-                skip_undecodable=True,
-                unit=_unit(match, root, config),
-            )
+    for root in roots:
+        matches = [
+            match
+            for match in root.rglob("*.py")
+            if match.is_file() and not apart & set(match.relative_to(root).parts)
+        ]
+        for match in sorted(matches, key=lambda match: match.relative_to(root).as_posix()):
+            stat = match.stat()
+            # A few test files are in other encodings on purpose.
+            file = SourceFile(match, "text", stat.st_size, stat.st_mtime_ns, skip_undecodable=True)
+            files.append(dataclasses.replace(file, unit=_unit(match, root, config)))
+    if not files:
+        raise DataError(
+            f"--data.path {name!r}: no *.py files in {', '.join(map(str, roots)) or 'sys.path'};"
+            " this Python ships without sources there, so give files"
         )
     return files
+
+
+def _package_folders() -> list[Path]:
+    """The folders of installed packages that this Python imports from, in the order of sys.path."""
+    return [
+        Path(entry)
+        for entry in dict.fromkeys(sys.path)
+        if Path(entry).name in _PACKAGE_FOLDERS and Path(entry).is_dir()
+    ]
 
 
 def _shard_meta(path: Path) -> ShardMeta:

@@ -138,6 +138,30 @@ def test_stdlib_file_in_another_encoding_is_skipped(tmp_path, monkeypatch):
     assert [document.content for document in documents[1:]] == ["x = 1\n"]
 
 
+def test_packages_are_those_on_the_path_and_each_is_a_unit(tmp_path, monkeypatch):
+    packages = tmp_path / "lib" / "site-packages"
+    (packages / "one" / "sub").mkdir(parents=True)
+    (packages / "one" / "sub" / "a.py").write_text("x = 1\n")
+    (packages / "two.py").write_text("y = 1\n")
+    (packages / "latin.py").write_bytes(b"# \xe4\n")
+    (packages / "notes.txt").write_text("no source\n")
+    monkeypatch.setattr("sys.path", [str(tmp_path), str(packages), str(packages)])
+    files = find_files(DataConfig(path=("python-packages",), validation_unit="folder"))
+    assert [(file.path.name, file.unit) for file in files] == [
+        ("latin.py", "latin.py"),
+        ("a.py", "one"),
+        ("two.py", "two.py"),
+    ]
+    texts = [document.content for document in read("python-packages") if document]
+    assert texts == ["x = 1\n", "y = 1\n"]
+
+
+def test_packages_without_any_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(DataError, match=r"'python-packages': no \*\.py files in sys\.path"):
+        find_files(DataConfig(path=("python-packages",)))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
