@@ -1,0 +1,75 @@
+"""The kernels stay right when one warpgroup is late at every barrier.
+
+A GPU runs the warpgroups of a CTA in any order. If one can come so late that a barrier completes
+twice before it has waited once, it waits for ever; the interpreter counts phases and says so. (With
+two turn barriers instead of NUM_TURN_BARRIERS, a late compute warpgroup makes the backward fail here,
+as it made it hang on a GPU.)
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+from pallas_kernels.flash_attention import fp8_quantize, fp8_xla, sm90, sm90_fp8
+from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
+from tests.pallas_kernels.cases import Case
+from tests.pallas_kernels.flash_attention import test_sm90_fp8_forward
+from tests.pallas_kernels.flash_attention.test_sm90_backward import interpreted
+from tests.pallas_kernels.flash_attention.test_sm90_forward import spec_of
+
+LATE_S = 0.01
+# More steps than any kernel has buffers, and two tiles for one CTA.
+CASE = Case(name="five_steps", b=1, t=320, s=256, n=1, k=1, h=64)
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["compute_0", "compute_1", "producer"])
+def late_warpgroup(request, monkeypatch):
+    """Makes one warpgroup come late to each wait; runs all tiles on one CTA."""
+    wait = shared_memory.Barrier.wait
+
+    def late_wait(barrier, thread, *args, **kwargs):
+        if thread.warpgroup_id == request.param:
+            time.sleep(LATE_S)
+        return wait(barrier, thread, *args, **kwargs)
+
+    monkeypatch.setattr(shared_memory.Barrier, "wait", late_wait)
+    monkeypatch.setattr(sm90, "sm_count", lambda: 1)
+
+
+def test_forward(late_warpgroup):
+    q, k, v, *_ = CASE.arrays(jnp.bfloat16)
+    config = ForwardConfig(block_kv=64)
+    out, _ = sm90.forward(q, k, v, None, None, spec_of(CASE), config=config, interpret=True)
+    want = CASE.expected(q, k, v).out
+    assert np.abs(np.asarray(out, np.float64) - want).max() <= 2.0**-7 * np.abs(want).max()
+
+
+def test_backward(late_warpgroup):
+    arrays = CASE.arrays(jnp.bfloat16)
+    expected = CASE.expected(*arrays)
+    got = interpreted(CASE, BackwardConfig(block_q=64), arrays, expected)
+    for name, x in zip(("dq", "dk", "dv"), got, strict=True):
+        want = getattr(expected, name)
+        assert np.abs(np.asarray(x, np.float64) - want).max() <= 2.0**-6 * np.abs(want).max(), name
+
+
+def test_fp8_backward(late_warpgroup):
+    q, k, v, dout, dlse = CASE.arrays(jnp.bfloat16)
+    spec = test_sm90_fp8_forward.spec_of(CASE, deterministic=True)
+
+    @jax.jit
+    def operands(q, k, v, dout, dlse):
+        inputs = fp8_quantize.quantize_inputs(q, k, v, spec)
+        out, statistics = fp8_xla.fp8_forward(inputs, None, None, spec)
+        gradients = fp8_quantize.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
+        return inputs, gradients, fp8_xla.fp8_backward(inputs, gradients, None, None, spec)
+
+    inputs, gradients, twin = operands(q, k, v, dout, dlse)
+    got = sm90_fp8.fp8_backward(inputs, gradients, None, None, spec, interpret=True)
+    for x, y in zip(got, twin, strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(y)
