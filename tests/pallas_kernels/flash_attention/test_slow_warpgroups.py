@@ -2,8 +2,8 @@
 
 A GPU runs the warpgroups of a CTA in any order. If one can come so late that a barrier completes
 twice before it has waited once, it waits for ever; the interpreter counts phases and says so. (With
-two turn barriers instead of NUM_TURN_BARRIERS, a late compute warpgroup makes the backward fail here,
-as it made it hang on a GPU.)
+two turn barriers instead of NUM_TURN_BARRIERS, a late compute warpgroup makes the backward fail
+here, as it made it hang on a GPU.)
 """
 
 import time
