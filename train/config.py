@@ -87,6 +87,9 @@ class ModelConfig:
     """Precision of the attention GEMMs; fp8_forward has its backward in bf16."""
     attention_implementation: AttentionImplementation = "auto"
     """Attention kernel; auto takes the best one that can run and says which."""
+    rope_implementation: Literal["xla", "mosaic"] = "xla"
+    """Gradient of the rotary positions. mosaic: Hopper's Pallas kernel, which also puts the
+    gradients of q, k and v together; not with qk-norm."""
     swiglu_implementation: Literal["xla", "mosaic"] = "xla"
     """SwiGLU's activation and its gradient in 16 bits. mosaic: Hopper's Pallas kernels. With
     --fp8.quantize-implementation mosaic the activation is quantised as it is computed instead."""
@@ -132,6 +135,11 @@ class ModelConfig:
         _require(
             self.local_window_size >= 0,
             f"--model.local-window-size={self.local_window_size} must be >= 0",
+        )
+        _require(
+            self.rope_implementation == "xla" or not self.qk_norm,
+            f"--model.rope-implementation={self.rope_implementation} cannot run with"
+            " --model.qk-norm (its kernel ends at the projection); use xla",
         )
         _require(
             self.swiglu_implementation == "xla" or self.ffn_size % 128 == 0,

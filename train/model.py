@@ -19,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jfp8
 import jfp8.nnx
-from pallas_kernels import Fp8Options, flash_attention, swiglu
+from pallas_kernels import Fp8Options, flash_attention, rope_qkv, swiglu
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RESIDUAL_NAMES
+from pallas_kernels.fused.rope import rotate, split_heads
 from train.config import ModelConfig
 from train.embedding import embed
 from train.taps import Taps, apply_linear, see_attention
@@ -42,16 +43,6 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.weight[...]).astype(x.dtype)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies rotary positions to `x` [B, T, N, H] by the angles' cos and sin [B, T, 1, H // 2].
-
-    The two halves of a head are the coordinates of its H // 2 planes (the layout of Llama's
-    published Hugging Face weights), computed in float32.
-    """
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -90,15 +81,18 @@ class Attention(nnx.Module):
         config = self.config
         batch, length, _ = x.shape
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
-        group = heads // kv_heads
         qkv = checkpoint_name(apply_linear(self.taps, "qkv", self.qkv, x), "qkv")
-        qkv = qkv.reshape(batch, length, kv_heads, group + 2, head_dim)
-        # `split`, and not slices: its gradient is one concatenation, not a sum of padded arrays.
-        q, k, v = jnp.split(qkv, [group, group + 1], axis=-2)
-        q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+            q, k, v = split_heads(qkv, kv_heads, head_dim)
+            q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
+        else:
+            q, k, v = rope_qkv(
+                qkv,
+                *angles,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                implementation=config.rope_implementation,
+            )
         window = config.local_window_size
         attended = flash_attention(
             q,

@@ -36,14 +36,15 @@ def per_device(
     scale: Array,
     kinds: Sequence[Kind],
     *,
-    widths: Sequence[int],
+    widths: Sequence[int | None],
     result_width: int,
 ) -> tuple[Array, ...]:
     """Calls `local(*arrays, scale)` on the shards of the arrays.
 
     Args:
       local: the kernel; its results are of `kinds`.
-      arrays: `[M, widths[i] * K]` each.
+      arrays: `[M, widths[i] * K]` each, or with None for a width `[M, anything]`, of which every
+        device has all columns.
       scale: float32 `()`.
       kinds: of the results.
       widths: of the arrays, as multiples of K.
@@ -75,7 +76,7 @@ def _partitioned(
     local: Callable[..., tuple[Array, ...]],
     operands: tuple[Array, ...],
     kinds: Sequence[Kind],
-    widths: Sequence[int],
+    widths: Sequence[int | None],
     result_width: int,
 ) -> tuple[Array, ...]:
     mesh = jax.sharding.get_abstract_mesh()
@@ -84,7 +85,7 @@ def _partitioned(
         return local(*operands)
     sharding = jax.typeof(operands[0]).sharding
     if AxisType.Explicit in sharding.mesh.axis_types:
-        return _explicit(local, operands, kinds, sharding)
+        return _explicit(local, operands, kinds, widths, sharding)
     rows = operands[0].shape[0]
     has_parts = "parts" in kinds
     if has_parts and rows % AMAX_PARTS:
@@ -94,15 +95,15 @@ def _partitioned(
         )
     call = custom_partitioning(lambda *operands: local(*operands))
     call.def_partition(
-        partition=functools.partial(_partition, local, kinds),
+        partition=functools.partial(_partition, local, kinds, widths),
         sharding_rule=_rule(kinds, widths, result_width),
         **({"r": rows // AMAX_PARTS} if has_parts else {}),
-        **{f"t{width}": width for width in {*widths, result_width} if width > 1},
+        **{f"t{width}": width for width in {*widths, result_width} - {None, 1}},
     )
     return call(*operands)
 
 
-def _rule(kinds: Sequence[Kind], widths: Sequence[int], result_width: int) -> str:
+def _rule(kinds: Sequence[Kind], widths: Sequence[int | None], result_width: int) -> str:
     """Shardy's rule: rows are (p r), so that the parts of an amax are split as the rows are."""
     rows = "(p r)" if "parts" in kinds else "r"
 
@@ -114,7 +115,9 @@ def _rule(kinds: Sequence[Kind], widths: Sequence[int], result_width: int) -> st
         "columns": f"{columns(result_width)} {rows}",
         "parts": "p",
     }
-    operands = [f"{rows} {columns(width)}" for width in widths]
+    operands = [
+        f"{rows} {f'w{i}' if width is None else columns(width)}" for i, width in enumerate(widths)
+    ]
     return ", ".join([*operands, ""]) + " -> " + ", ".join(forms[kind] for kind in kinds)
 
 
@@ -167,27 +170,43 @@ def _rows_and_columns(spec: PartitionSpec) -> tuple[Any, Any]:
     return rows, columns
 
 
-def _partition(local: Any, kinds: Sequence[Kind], mesh: Any, operands: Any, results: Any) -> Any:
+def _matrix_specs(
+    widths: Sequence[int | None], rows: Any, columns: Any
+) -> tuple[PartitionSpec, ...]:
+    return tuple(PartitionSpec(rows, None if width is None else columns) for width in widths)
+
+
+def _partition(
+    local: Any,
+    kinds: Sequence[Kind],
+    widths: Sequence[int | None],
+    mesh: Any,
+    operands: Any,
+    results: Any,
+) -> Any:
     """The callback of custom_partitioning: what each device runs, and the shardings it wants."""
     del results
     rows, columns = _rows_and_columns(operands[0].sharding.spec)
     run = _on_shards(local, kinds, dict(mesh.shape), rows, columns)
-    matrices = [NamedSharding(mesh, PartitionSpec(rows, columns))] * (len(operands) - 1)
+    matrices = (NamedSharding(mesh, spec) for spec in _matrix_specs(widths, rows, columns))
     wanted = (*matrices, NamedSharding(mesh, PartitionSpec()))
     given = tuple(NamedSharding(mesh, spec) for spec in _specs(kinds, rows, columns))
     return mesh, run, given, wanted
 
 
 def _explicit(
-    local: Any, operands: tuple[Array, ...], kinds: Sequence[Kind], sharding: NamedSharding
+    local: Any,
+    operands: tuple[Array, ...],
+    kinds: Sequence[Kind],
+    widths: Sequence[int | None],
+    sharding: NamedSharding,
 ) -> tuple[Array, ...]:
     """Under a mesh with explicit axes the sharding is part of the type: shard_map says it all."""
     rows, columns = _rows_and_columns(sharding.spec)
     run = _on_shards(local, kinds, dict(sharding.mesh.shape), rows, columns)
-    matrices = [PartitionSpec(rows, columns)] * (len(operands) - 1)
     return jax.shard_map(
         run,
-        in_specs=(*matrices, PartitionSpec()),
+        in_specs=(*_matrix_specs(widths, rows, columns), PartitionSpec()),
         out_specs=_specs(kinds, rows, columns),
         check_vma=False,
     )(*operands)

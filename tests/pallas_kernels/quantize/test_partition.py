@@ -71,6 +71,28 @@ def test_without_an_amax_any_split_of_the_rows_will_do():
     assert "all-gather" not in compiled.as_text()
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_arrays_of_several_widths_are_split_alike_or_by_rows_alone(axis_type):
+    def local(wide, narrow, table, scale):
+        out = wide.reshape(len(wide), -1, 2) * narrow[..., None] + table.sum(axis=1)[:, None, None]
+        return (scale * jnp.concatenate([out, narrow[..., None]], axis=2).reshape(len(wide), -1),)
+
+    def run(*arrays):
+        options = dict(widths=(2, 1, None), result_width=3)
+        return per_device(local, arrays, SCALE, ["rows"], **options)[0]
+
+    whole = jnp.round(4 * X)  # so that no sum is rounded
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        arrays = [
+            jax.device_put(x, NamedSharding(mesh, P("data", columns)))
+            for x, columns in ((whole, "tensor"), (whole[:, :256], "tensor"), (whole[:, :3], None))
+        ]
+        compiled = jax.jit(run).lower(*arrays).compile()
+        np.testing.assert_array_equal(compiled(*arrays), local(*arrays, SCALE)[0])
+    assert not re.search(r"= \S+ (?:all-\w+|collective-\w+)\(", compiled.as_text())
+
+
 def test_shard_map_sees_its_own_part():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
