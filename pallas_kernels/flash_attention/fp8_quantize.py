@@ -116,24 +116,22 @@ def quantize_gradients(
     )
 
 
-def finish_gradients(
-    sums: tuple[Array, Array, Array],
-    inputs: fp8.Inputs,
-    gradients: fp8.Gradients,
-    dlse: Array,
-    spec: AttentionSpec,
-) -> tuple[Array, Array, Array]:
-    """Turns what `Kernels.fp8_backward` returns into dq, dk and dv in spec.dtype."""
-    dq, dk, dv = sums
-    dq = (dq * fp8.heads_last(gradients.dq_factor)).astype(spec.dtype)
-    if spec.fp8.rotate:
-        dq, dk = (fp8.rotate(x, inverse=True) for x in (dq, dk))
-    if inputs.key_mean is not None and spec.return_lse:
-        mean = jnp.repeat(inputs.key_mean, spec.num_heads // spec.num_kv_heads, axis=1)
-        sees_a_key = (gradients.offset < fp8.NO_ROW).transpose(0, 2, 1)
-        dlse = jnp.where(sees_a_key, dlse, 0.0)
-        dq = (dq + spec.softmax_scale * dlse[..., None] * mean[:, None]).astype(spec.dtype)
-    return dq, dk, dv
+def finish_dq(sums: Array, gradients: fp8.Gradients, spec: AttentionSpec) -> Array:
+    """Turns the sums of dS' k' into dq without dlse m, in spec.dtype."""
+    dq = (sums * fp8.heads_last(gradients.dq_factor)).astype(spec.dtype)
+    return fp8.rotate(dq, inverse=True) if spec.fp8.rotate else dq
+
+
+def add_mean(
+    dq: Array, inputs: fp8.Inputs, gradients: fp8.Gradients, dlse: Array, spec: AttentionSpec
+) -> Array:
+    """Adds softmax_scale dlse m to dq; without log-sum-exp dlse is 0."""
+    if inputs.key_mean is None or not spec.return_lse:
+        return dq
+    mean = jnp.repeat(inputs.key_mean, spec.num_heads // spec.num_kv_heads, axis=1)
+    sees_a_key = (gradients.offset < fp8.NO_ROW).transpose(0, 2, 1)
+    dlse = jnp.where(sees_a_key, dlse, 0.0)
+    return (dq + spec.softmax_scale * dlse[..., None] * mean[:, None]).astype(spec.dtype)
 
 
 def _to_query_heads(x: Array, spec: AttentionSpec) -> Array:

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES, AttentionSpec
 from pallas_kernels.flash_attention.fp8 import Gradients, Inputs, Statistics, dot_with_mean
-from pallas_kernels.flash_attention.fp8_quantize import finish_gradients, quantize_gradients
+from pallas_kernels.flash_attention.fp8_quantize import add_mean, quantize_gradients
 from pallas_kernels.numerics import LN2
 
 
@@ -41,7 +41,7 @@ class Kernels(Protocol):
         kv_segment_ids: Array | None,
         spec: AttentionSpec,
     ) -> tuple[Array, Array, Array]:
-        """Returns the sums for dQ `[B, T, N, H]`, float32; dK and dV `[B, S, K, H]`, spec.dtype."""
+        """Returns dq `[B, T, N, H]` without dlse m, and dk and dv `[B, S, K, H]`, in spec.dtype."""
         ...
 
     def bf16_backward(
@@ -89,8 +89,8 @@ def _attention_bwd(spec, kernels, residuals, cotangents):
     else:
         inputs, ids, out, statistics = residuals
         gradients = quantize_gradients(inputs, statistics, out, dout, dlse, spec)
-        sums = kernels.fp8_backward(inputs, gradients, *ids, spec)
-        grads = finish_gradients(sums, inputs, gradients, dlse, spec)
+        dq, dk, dv = kernels.fp8_backward(inputs, gradients, *ids, spec)
+        grads = add_mean(dq, inputs, gradients, dlse, spec), dk, dv
     no_gradient = (None if i is None else np.zeros(i.shape, jax.dtypes.float0) for i in ids)
     return *grads, *no_gradient
 

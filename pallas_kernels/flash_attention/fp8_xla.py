@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.flash_attention import fp8_quantize
+from pallas_kernels.flash_attention import fp8, fp8_quantize
 from pallas_kernels.flash_attention.config import AttentionSpec
 from pallas_kernels.flash_attention.fp8 import (
     BLOCK,
@@ -112,7 +112,8 @@ def fp8_backward(
         (x.transpose(0, 2, 1, 3) * factor[:, None, :, None]).astype(spec.dtype)
         for x, factor in ((dk, gradients.dk_factor), (dv, gradients.dv_factor))
     )
-    return dq, dk, dv
+    dk = fp8.rotate(dk, inverse=True) if spec.fp8.rotate else dk
+    return fp8_quantize.finish_dq(dq, gradients, spec), dk, dv
 
 
 def bf16_backward(

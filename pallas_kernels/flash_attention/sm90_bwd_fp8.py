@@ -7,7 +7,8 @@ warpgroups, and visits the blocks of 64 queries that see them, head by head of t
   dV += P^T dO 2^-E,    dK += dS^T q 2^(R - E - t)          accumulators of the whole tile
   dQ += dS K                                                in float32 to global memory, by TMA
 offset and delta are numbers of each query, slope of the CTA, c of both; powers of two in them bound
-P and dS ahead of time. dK and dV leave in the output's type, times a factor of the head.
+P and dS ahead of time. dK and dV leave in the output's type, times a factor of the head; dK is
+rotated back by one more product.
 
   warpgroup      does                                       waits for              then arrives at
   compute 0, 1   S^T, dP^T, dV, dK for 64 keys;             kv_full rows_full      rows_free
@@ -163,6 +164,9 @@ def _produce(tile: _Tile) -> None:
         source = inputs.k_t.at[batch, kv_head, :, half]
         plgpu.copy_gmem_to_smem(source, scratch.k_t.at[wg], scratch.kv_full)
 
+    if plan.spec.fp8.rotate:
+        plgpu.copy_gmem_to_smem(inputs.matrix, scratch.matrix, scratch.kv_full)
+
     def load(head: Array, block: Array, step: Array) -> None:
         slot = tile.slot(step)
         queries = pl.ds(block * BLOCK_Q, BLOCK_Q)
@@ -225,15 +229,37 @@ def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
     dk, dv = pl.run_scoped(run, accumulator, accumulator)
     # Reading these anew is cheaper than holding them in registers through the loop.
     scalars = tile.scalars()
-    for value, target in ((dk * scalars.dk_factor, dk_gmem), (dv * scalars.dv_factor, dv_gmem)):
+    dk, dv = (
+        (value * factor).astype(plan.spec.dtype)
+        for value, factor in ((dk, scalars.dk_factor), (dv, scalars.dv_factor))
+    )
+    if plan.spec.fp8.rotate:
+        dk = _rotate_back(tile, dk)
+    for value, target in ((dk, dk_gmem), (dv, dv_gmem)):
         _, (buffer,) = scratch.staging
         buffer = buffer.at[wg]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer[...] = value.astype(plan.spec.dtype)
+        buffer[...] = value
         plgpu.commit_smem()
         keys = pl.ds(first_key, ROWS)
         plgpu.copy_smem_to_gmem(buffer, target.at[tile.batch, keys, tile.kv_head])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _rotate_back(tile: _Tile, dk: Array) -> Array:
+    """Returns dK M^T in dK's type."""
+    operand = dk
+    if tile.plan.interpret:  # which takes no A operand in registers
+        operand = tile.scratch.rotated.at[lax.axis_index("wg")]
+        operand[...] = dk
+        plgpu.commit_smem()
+
+    def product(acc: Any) -> Array:
+        plgpu.wgmma(acc, operand, tile.scratch.matrix)
+        return acc[...]
+
+    accumulator = plgpu.ACC((ROWS, tile.plan.spec.head_dim), jnp.float32)
+    return pl.run_scoped(product, accumulator).astype(dk.dtype)
 
 
 def _probabilities(
@@ -355,8 +381,8 @@ def _send_dq(tile: _Tile, dq_gmem: Any, dq: Array, head: Array, block: Array, st
 def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     """Splits the warpgroups into compute and producer."""
     *given, dq, dk, dv = refs
-    turns = given.pop() if plan.takes_turns else None
-    inputs = Inputs(*given)._replace(turns=turns)
+    names = [name for name in Inputs._fields if name in plan.operands]
+    inputs = Inputs(**dict(zip(names, given, strict=True)))
     counters = None
     if plan.takes_turns and not plan.interpret:
         counters = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_turns,)))

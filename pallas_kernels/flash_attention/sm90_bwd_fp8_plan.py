@@ -70,6 +70,18 @@ class Plan:
         return self.spec.batch_size * self.spec.num_heads * self.num_q_blocks + 1
 
     @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the `Inputs` that there are."""
+        absent = set()
+        if not self.spec.fp8.rotate:
+            absent |= {"matrix"}
+        if not self.spec.has_segments:
+            absent |= {"q_ids", "kv_ids"}
+        if not self.takes_turns:
+            absent |= {"turns"}
+        return tuple(name for name in Inputs._fields if name not in absent)
+
+    @property
     def dq_columns(self) -> int:
         """Channels of dQ that a warpgroup computes."""
         return self.spec.head_dim // WARPGROUPS
@@ -88,6 +100,7 @@ class Inputs(NamedTuple):
     rows: Any  # [B, N, T / BLOCK_Q, 3, BLOCK_Q], float32: offset, delta, c / k_scale
     scalars: Any  # [B, K, num_kv_tiles, 4], float32: `Scalars`
     block_ranges: Any  # [B or 1, num_kv_tiles, 4], int32: `BlockRange` of query blocks
+    matrix: Any = None  # [H, H], spec.dtype: M^T, or None
     q_ids: Any = None  # [B, T], int32, or None
     kv_ids: Any = None  # [B, S], int32, or None
     turns: Any = None  # [B or 1, num_kv_tiles, num_q_blocks], int32: tiles before; or None
@@ -116,6 +129,8 @@ class Scratch(NamedTuple):
     q_ids: Any  # [num_stages, BLOCK_Q], int32, or None
     ds: Any  # [2, BLOCK_Q, ROWS]: dS of each warpgroup, as bytes and as units of 16 bits
     staging: Any  # what leaves: dQ [2, BLOCK_Q, dq_columns], float32, or dK, dV [2, ROWS, H]
+    matrix: Any  # [H, H]: M^T; or None
+    rotated: Any  # [2, ROWS, H], interpreter only: the A operand of dK M^T
     operands: Any  # [2, 2, ROWS, BLOCK_Q], interpreter only: A operands of dV and dK
     kv_full: Any  # TMA -> compute
     rows_full: Any  # TMA -> compute, one per stage: q, dout and the numbers of each query
@@ -154,8 +169,10 @@ def scratch_types(plan: Plan) -> Scratch:
         ds=ds if plan.interpret else plgpu.RefUnion((units,), (ds,)),
         # The interpreter knows no unions; it adds to dQ without staging.
         staging=((), (gradients,)) if plan.interpret else plgpu.RefUnion((dq,), (gradients,)),
+        matrix=tile((h, h), plan.spec.dtype) if plan.spec.fp8.rotate else None,
+        rotated=gradients if plan.interpret and plan.spec.fp8.rotate else None,
         operands=tile((WARPGROUPS, 2, ROWS, BLOCK_Q)) if plan.interpret else None,
-        kv_full=plgpu.Barrier(num_arrivals=2 + WARPGROUPS),
+        kv_full=plgpu.Barrier(num_arrivals=2 + WARPGROUPS + plan.spec.fp8.rotate),
         rows_full=barrier(num_arrivals=3 + has_segments),
         columns_full=barrier(num_arrivals=2),
         rows_free=barrier(num_arrivals=WARPGROUPS),

@@ -21,6 +21,7 @@ from pallas_kernels.flash_attention import (
     sm90_bwd_fp8,
     sm90_bwd_fp8_plan,
     sm90_columns_fp8,
+    sm90_finish_fp8,
     sm90_fwd_fp8,
     sm90_quantize_fp8,
     tuning,
@@ -169,7 +170,24 @@ def fp8_backward(
     plan = sm90_bwd_fp8_plan.Plan(spec=spec, interpret=interpret)
     operands = backward_operands(inputs, gradients, q_segment_ids, kv_segment_ids, plan)
     dq, dk, dv = sm90_bwd_fp8.launch(operands, plan=plan)
-    return dq[:, : spec.query_length], dk[:, : spec.key_length], dv[:, : spec.key_length]
+    dk, dv = dk[:, : spec.key_length], dv[:, : spec.key_length]
+    if spec.fp8.quantize_implementation == "mosaic" and spec.fp8.rotate:
+        factor = _pad_rows(gradients.dq_factor, dq.shape[1], 0.0)
+        dq = sm90_finish_fp8.scale_and_rotate(
+            dq,
+            factor,
+            _inverse_rotation(spec),
+            dtype=spec.dtype,
+            sm_count=sm90.sm_count(),
+            interpret=interpret,
+        )
+        return dq[:, : spec.query_length], dk, dv
+    return fp8_quantize.finish_dq(dq[:, : spec.query_length], gradients, spec), dk, dv
+
+
+def _inverse_rotation(spec: AttentionSpec) -> Array:
+    """M^T."""
+    return jnp.asarray(fp8.rotation(spec.head_dim).T, spec.dtype)
 
 
 def backward_operands(
@@ -219,6 +237,7 @@ def backward_operands(
         rows=rows,
         scalars=scalars,
         block_ranges=ranges,
+        matrix=_inverse_rotation(plan.spec) if plan.spec.fp8.rotate else None,
         q_ids=ids[0],
         kv_ids=ids[1],
         turns=turns_of(plan, ranges) if plan.takes_turns else None,

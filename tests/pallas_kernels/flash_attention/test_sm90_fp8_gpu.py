@@ -50,8 +50,12 @@ def attend(case, implementation, options):
 
 def gradients(case, implementation, options, q, k, v, dout, dlse):
     call = attend(case, implementation, options)
-    run = jax.jit(lambda q, k, v: jax.vjp(call, q, k, v)[1]((dout.astype(q.dtype), dlse)))
-    return run(q, k, v)
+
+    @jax.jit
+    def run(q, k, v, dout, dlse):
+        return jax.vjp(call, q, k, v)[1]((dout.astype(q.dtype), dlse))
+
+    return run(q, k, v, dout, dlse)
 
 
 def on_cpu(run, case, options, arrays, dtype):
