@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head di
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,7 @@ class Attention(nnx.Module):
     ):
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
         self.config = config
+        self.quantize_implementation = recipe.quantize_implementation
         self.qkv = _linear(
             "qkv", config.hidden_size, (heads + 2 * kv_heads) * head_dim, recipe, rngs
         )
@@ -102,7 +103,7 @@ class Attention(nnx.Module):
             local_window_size=(window, 0) if window else None,
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
-            **attention_options(config),
+            **attention_options(config, self.quantize_implementation),
         )
         attended = see_attention(self.taps, q, k, v, attended)
         return apply_linear(
@@ -110,14 +111,17 @@ class Attention(nnx.Module):
         )
 
 
-def attention_options(config: ModelConfig) -> dict[str, Any]:
+def attention_options(
+    config: ModelConfig, quantize_implementation: Literal["xla", "mosaic"]
+) -> dict[str, Any]:
     """The arguments of `flash_attention` that say in which precision, and by whom."""
     choice, precision = config.attention_implementation, config.attention_precision
     options: dict[str, Any] = {"implementation": None if choice == "auto" else choice}
     if precision == "bf16":
         return options
     backward = "bf16" if precision == "fp8_forward" else "fp8"
-    return options | {"precision": "fp8", "fp8_options": Fp8Options(backward=backward)}
+    fp8_options = Fp8Options(backward=backward, quantize_implementation=quantize_implementation)
+    return options | {"precision": "fp8", "fp8_options": fp8_options}
 
 
 class SwiGLU(nnx.Module):

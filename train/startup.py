@@ -69,7 +69,7 @@ def attention_choice(config: TrainConfig) -> str:
         local_window_size=(window, 0) if window else None,
         q_segment_ids=segment_ids,
         kv_segment_ids=segment_ids,
-        **attention_options(model),
+        **attention_options(model, config.fp8.quantize_implementation),
     )
     return f"{choice.implementation} ({choice.reason})"
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pallas_kernels import Fp8Options
 from tests.train.test_step import CONFIG, make_batch, replace, run
 from train.config import ConfigError, ModelConfig
 from train.model import attention_options
@@ -30,11 +31,11 @@ def test_learns_like_bf16_attention():
 
 def test_options_of_the_call():
     model = ModelConfig(attention_precision="fp8_forward")
-    options = attention_options(model)
+    options = attention_options(model, "xla")
     assert options["precision"] == "fp8" and options["fp8_options"].backward == "bf16"
-    options = attention_options(dataclasses.replace(model, attention_precision="fp8"))
-    assert options["fp8_options"].backward == "fp8"
-    assert "precision" not in attention_options(ModelConfig())
+    options = attention_options(dataclasses.replace(model, attention_precision="fp8"), "mosaic")
+    assert options["fp8_options"] == Fp8Options(quantize_implementation="mosaic")
+    assert "precision" not in attention_options(ModelConfig(), "xla")
 
 
 def test_a_head_dim_that_cannot_be_rotated_is_refused():
