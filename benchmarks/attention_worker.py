@@ -368,51 +368,52 @@ def _verdict(
 
 
 def run_torch(task: dict[str, Any]) -> None:
-    """Times PyTorch's attention through cuDNN and through FlashAttention 2, forward alone."""
+    """Times PyTorch's attention through cuDNN and through FlashAttention 2."""
     if importlib.util.find_spec("torch") is None:
         return
-    import torch  # pyrefly: ignore[missing-import]
-    from torch.nn.attention import SDPBackend, sdpa_kernel  # pyrefly: ignore[missing-import]
+    from torch.nn.attention import SDPBackend  # pyrefly: ignore[missing-import]
 
     backends = {
         "torch cudnn": SDPBackend.CUDNN_ATTENTION,
         "torch flash": SDPBackend.FLASH_ATTENTION,
     }
-    for fields in task["shapes"]:
-        shape = Shape(**fields)
-        if shape.left is not None:
-            continue
-        q, k, v = (
-            torch.randn(shape.b, heads, shape.t, shape.h, dtype=torch.bfloat16, device="cuda")
-            for heads in (shape.n, shape.k, shape.k)
-        )
+    shapes = [Shape(**fields) for fields in task["shapes"]]
+    for shape in [shape for shape in shapes if shape.left is None]:
         for contender, backend in backends.items():
+            for direction in task["directions"]:
+                row = dict(direction=direction, shape=shape.name, contender=contender)
+                try:
+                    median_ms = _time_torch(shape, backend, direction)
+                except RuntimeError as error:
+                    emit(kind="fail", **row, error=str(error)[:300])
+                    continue
+                tflops = shape.flops(direction) / median_ms / 1e9
+                emit(kind="time", **row, median_ms=median_ms, tflops=tflops)
 
-            def call(q=q, k=k, v=v, shape=shape, backend=backend):
-                with sdpa_kernel(backend):
-                    return torch.nn.functional.scaled_dot_product_attention(
-                        q, k, v, is_causal=shape.is_causal, enable_gqa=shape.n != shape.k
-                    )
 
-            try:
-                medians = time_interleaved({contender: call}, lambda _: torch.cuda.synchronize())
-            except RuntimeError as error:
-                emit(
-                    kind="fail",
-                    direction="forward",
-                    shape=shape.name,
-                    contender=contender,
-                    error=str(error)[:300],
-                )
-                continue
-            emit(
-                kind="time",
-                direction="forward",
-                shape=shape.name,
-                contender=contender,
-                median_ms=medians[contender],
-                tflops=shape.flops("forward") / medians[contender] / 1e9,
+def _time_torch(shape: Shape, backend: Any, direction: str) -> float:
+    """Returns the time of PyTorch's forward, or of its backward alone, in ms."""
+    import torch  # pyrefly: ignore[missing-import]
+    from torch.nn.attention import sdpa_kernel  # pyrefly: ignore[missing-import]
+
+    is_backward = direction == "backward"
+    q, k, v, dout = (  # [B, N, T, H]
+        torch.randn(shape.b, heads, shape.t, shape.h, dtype=torch.bfloat16, device="cuda")
+        for heads in (shape.n, shape.k, shape.k, shape.n)
+    )
+
+    def forward() -> Any:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=shape.is_causal, enable_gqa=shape.n != shape.k
             )
+
+    call: Callable[[], Any] = forward
+    if is_backward:
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = forward()
+        call = functools.partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
+    return time_interleaved({"torch": call}, lambda _: torch.cuda.synchronize())["torch"]
 
 
 def main(text: str) -> None:
