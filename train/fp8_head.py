@@ -96,6 +96,12 @@ def _cast_operands(static: _Static, hidden: jax.Array, head: jax.Array, scale: j
     return _Operands(lhs, rhs)
 
 
+def _rows_of(x: Cast) -> jax.Array:
+    """The row-major copy of a cast, which the recipe of a head always makes."""
+    assert x.rows is not None
+    return x.rows
+
+
 def _chunk_logits(operands: _Operands, part: jax.Array) -> jax.Array:
     """float32 [B, C, V] of the 8-bit hidden states [B, C, D] of a chunk."""
     lhs = operands.hidden._replace(rows=part.reshape(-1, part.shape[-1]))
@@ -121,7 +127,7 @@ def _cross_entropy(static, hidden, head, targets, weights, scale, probe):
     operands = _cast_operands(static, hidden, head, scale)
     batch, length = targets.shape
     count = chunk_count(batch, length, head.shape[1], row_multiple=ALIGNMENT)
-    q_hidden = operands.hidden.rows.reshape(hidden.shape)
+    q_hidden = _rows_of(operands.hidden).reshape(hidden.shape)
 
     def add_chunk(sums, index):
         part, target, weight = (
@@ -149,7 +155,7 @@ def _cross_entropy_fwd(static, hidden, head, targets, weights, scale, probe):
     batch, length, vocab = *targets.shape, head.shape[1]
     count = chunk_count(batch, length, vocab, row_multiple=ALIGNMENT)
     size = length // count
-    q_hidden = operands.hidden.rows.reshape(hidden.shape)
+    q_hidden = _rows_of(operands.hidden).reshape(hidden.shape)
     grad_scale = _gradient_scale(static.recipe, weights, scale[GRAD])
     # With the scale given, XLA casts dlogits as it computes them: no kernel could read less.
     given = dataclasses.replace(
