@@ -6,7 +6,7 @@ of the same names, so import those with `from pallas_kernels.flash_attention imp
 
 from pallas_kernels.flash_attention.api import flash_attention, flash_attention_choice
 from pallas_kernels.flash_attention.config import Fp8Options
-from pallas_kernels.fused.rmsnorm import rmsnorm_quantize
+from pallas_kernels.fused.rmsnorm import rmsnorm, rmsnorm_quantize
 from pallas_kernels.fused.rope import rope_qkv
 from pallas_kernels.fused.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
 from pallas_kernels.quantize.api import quantize
@@ -18,6 +18,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_choice",
     "quantize",
+    "rmsnorm",
     "rmsnorm_quantize",
     "rope_qkv",
     "swiglu",

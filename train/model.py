@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head di
   vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,9 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jfp8
 import jfp8.nnx
-from pallas_kernels import Fp8Options, flash_attention, rope_qkv, swiglu
+from pallas_kernels import Fp8Options, flash_attention, rmsnorm, rope_qkv, swiglu
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RESIDUAL_NAMES
 from pallas_kernels.fused.rope import rotate, split_heads
+from pallas_kernels.quantize.contract import Implementation
 from train.config import ModelConfig
 from train.embedding import embed
 from train.taps import Taps, apply_linear, see_attention
@@ -34,15 +36,18 @@ _MAX_FFN_GROUP = 128
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, computed in float32."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, implementation: Implementation = "xla"):
         self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
         self.eps = eps
+        self.implementation: Implementation = implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] -> [..., size], in the dtype of `x`."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...]).astype(x.dtype)
+        return self.with_residual(x)[0]
+
+    def with_residual(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The norm of x, and x for the residual connection; see `pallas_kernels.rmsnorm`."""
+        return rmsnorm(x, self.weight[...], eps=self.eps, implementation=self.implementation)
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -163,9 +168,12 @@ class Block(nnx.Module):
     def __init__(
         self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs, *, has_taps: bool = False
     ):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, config.norm_eps, config.norm_implementation
+        )
+        self.attention_norm = norm()
         self.attention = Attention(config, recipe, rngs, has_taps=has_taps)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn_norm = norm()
         self.ffn = SwiGLU(config, recipe, rngs, has_taps=has_taps)
 
     def __call__(
@@ -173,8 +181,10 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         with jax.named_scope("block"):
-            x = x + self.attention(self.attention_norm(x), angles, segment_ids)
-            return x + self.ffn(self.ffn_norm(x))
+            normed, x = self.attention_norm.with_residual(x)
+            x = x + self.attention(normed, angles, segment_ids)
+            normed, x = self.ffn_norm.with_residual(x)
+            return x + self.ffn(normed)
 
 
 class HeadDot(nnx.Module):

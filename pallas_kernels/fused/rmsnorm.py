@@ -1,16 +1,18 @@
-"""RMSNorm, quantised as it is computed (Zhang & Sennrich 2019, arXiv:1910.07467).
+"""RMSNorm, plain or quantised as it is computed (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-rstd = rsqrt(mean(x^2) + eps),   y = x rstd weight   -> 8-bit y and y^T
+rstd = rsqrt(mean(x^2) + eps),   y = x rstd weight   -> y, or 8-bit y and y^T
 """
 
 # Shapes: M rows, K columns.
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType
 
-from pallas_kernels.fused import sm90_rmsnorm
+from pallas_kernels.fused import sm90_rmsnorm, sm90_rmsnorm_grad
 from pallas_kernels.interpreter import is_interpreting
 from pallas_kernels.quantize.contract import (
     Implementation,
@@ -23,8 +25,89 @@ from pallas_kernels.quantize.contract import (
     sm_count,
     uses_mosaic,
 )
+from pallas_kernels.quantize.partition import per_device
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
+
+
+def rmsnorm(
+    x: Array, weight: Array, *, eps: float, implementation: Implementation | None = None
+) -> tuple[Array, Array]:
+    """Normalises the rows of x, in float32; differentiable.
+
+    Args:
+      x: `[..., K]`, bfloat16 or float16 (float32 too with "xla").
+      weight: float32 `[K]`.
+      eps: added to the mean of squares.
+      implementation: of the gradient; the forward pass is always XLA's. "xla" runs on any device.
+        "mosaic" needs a Hopper GPU and K a multiple of 1024 up to 4096; of an x that is split over
+        devices each has whole rows. None leaves the choice.
+
+    Returns: y, `[..., K]` in the dtype of x, and x itself, for a residual connection: a kernel then
+      adds the gradients of both uses of x in one pass.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, dtype or value.
+      NotImplementedError: if `implementation` cannot run this call on this device; says why.
+    """
+    _check_weight(x, weight)
+    reason = None
+    if implementation == "mosaic":
+        shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+        reason = device_reason() or sm90_rmsnorm_grad.unsupported_reason(_grad_plan(shape))
+    if uses_mosaic(implementation, reason):
+        return _rmsnorm_mosaic(x, weight, eps)
+    return _normalise(x, weight, eps)[0], x
+
+
+def _normalise(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    """y, and rstd float32 `[..., 1]`."""
+    y = x.astype(jnp.float32)
+    rstd = lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * rstd * weight).astype(x.dtype), rstd
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rmsnorm_mosaic(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    return _normalise(x, weight, eps)[0], x
+
+
+def _rmsnorm_mosaic_fwd(x: Array, weight: Array, eps: float):
+    y, rstd = _normalise(x, weight, eps)
+    return (y, x), (x, rstd, weight)
+
+
+def _rmsnorm_mosaic_bwd(eps: float, residuals, grads):
+    del eps
+    x, rstd, weight = residuals
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, *grads, rstd)]
+    dx, dweight = per_device(
+        _launch_grad,
+        rows,
+        weight,
+        ["whole_rows", "sum"],
+        widths=(None,) * len(rows),
+        result_width=1,
+    )
+    return dx.reshape(x.shape), dweight
+
+
+_rmsnorm_mosaic.defvjp(_rmsnorm_mosaic_fwd, _rmsnorm_mosaic_bwd)
+
+
+def _launch_grad(x: Array, dy: Array, g: Array, rstd: Array, weight: Array) -> tuple[Array, Array]:
+    dx, dweight = sm90_rmsnorm_grad.launch(_grad_plan(x), x, dy, g, rstd[:, 0], weight)
+    return dx, dweight.sum(axis=0)
+
+
+def _grad_plan(x: Array | jax.ShapeDtypeStruct) -> sm90_rmsnorm_grad.RmsNormGradPlan:
+    return sm90_rmsnorm_grad.RmsNormGradPlan(
+        rows=x.shape[0],
+        columns=x.shape[1],
+        dtype=x.dtype,
+        sm_count=sm_count(),
+        interpret=is_interpreting(),
+    )
 
 
 def rmsnorm_quantize(
@@ -57,11 +140,7 @@ def rmsnorm_quantize(
     """
     check_matrix("x", x, (*SUPPORTED_DTYPES, "float32"))
     check_options(scale=scale, dtype=dtype, layouts="both")
-    if weight.shape != (x.shape[1],) or weight.dtype != jnp.float32:
-        raise ValueError(
-            f"weight is {weight.dtype}{list(weight.shape)}, must be float32[{x.shape[1]}] for"
-            f" x.shape={x.shape}"
-        )
+    _check_weight(x, weight)
     reason = plan = None
     if implementation == "mosaic":
         plan = make_plan(x, eps=eps, dtype=dtype)
@@ -73,6 +152,14 @@ def rmsnorm_quantize(
     x = x.astype(jnp.float32)
     rstd = lax.rsqrt(jnp.mean(x * x, axis=1) + eps)
     return quantize_xla(x * rstd[:, None] * weight, scale, dtype=dtype, layouts="both"), rstd
+
+
+def _check_weight(x: Array, weight: Array) -> None:
+    if weight.shape != (x.shape[-1],) or weight.dtype != jnp.float32:
+        raise ValueError(
+            f"weight is {weight.dtype}{list(weight.shape)}, must be float32[{x.shape[-1]}] for"
+            f" x.shape={x.shape}"
+        )
 
 
 def make_plan(

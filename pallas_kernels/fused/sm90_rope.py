@@ -29,7 +29,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import MATRIX, ROWS, scratch_bytes, tile_transforms
+from pallas_kernels.mosaic import MATRIX, ROWS, launcher, scratch_bytes, tile_transforms
 
 HEAD_DIMS = (64, 128)
 _STAGES = 3  # heads in flight
@@ -150,6 +150,7 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
+@launcher("plan")
 def launch(plan: RopePlan, dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> Array:
     """Runs the kernel.
 

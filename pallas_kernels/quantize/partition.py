@@ -26,8 +26,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_kernels.interpreter import is_interpreting
 from pallas_kernels.quantize.contract import AMAX_PARTS
 
-Kind = Literal["rows", "columns", "parts"]
-"""Of a result: `[M, K]`, `[K, M]`, or the 128 parts of an amax."""
+Kind = Literal["rows", "columns", "parts", "whole_rows", "sum"]
+"""Of a result: `[M, K]`, `[K, M]`, the 128 parts of an amax, `[M, K]` of which every device has all
+columns, or `[K]`, a sum over the rows."""
 
 
 def per_device(
@@ -45,8 +46,8 @@ def per_device(
       local: the kernel; its results are of `kinds`.
       arrays: `[M, widths[i] * K]` each, or with None for a width `[M, anything]`, of which every
         device has all columns.
-      scale: float32 `()`.
-      kinds: of the results.
+      scale: float32 `()` or `[K]`; every device has all of it.
+      kinds: of the results; with "whole_rows" or "sum" the first array has None for a width.
       widths: of the arrays, as multiples of K.
       result_width: that of the results.
 
@@ -96,14 +97,16 @@ def _partitioned(
     call = custom_partitioning(lambda *operands: local(*operands))
     call.def_partition(
         partition=functools.partial(_partition, local, kinds, widths),
-        sharding_rule=_rule(kinds, widths, result_width),
+        sharding_rule=_rule(kinds, widths, result_width, operands[-1].ndim),
         **({"r": rows // AMAX_PARTS} if has_parts else {}),
         **{f"t{width}": width for width in {*widths, result_width} - {None, 1}},
     )
     return call(*operands)
 
 
-def _rule(kinds: Sequence[Kind], widths: Sequence[int | None], result_width: int) -> str:
+def _rule(
+    kinds: Sequence[Kind], widths: Sequence[int | None], result_width: int, scale_ndim: int
+) -> str:
     """Shardy's rule: rows are (p r), so that the parts of an amax are split as the rows are."""
     rows = "(p r)" if "parts" in kinds else "r"
 
@@ -114,11 +117,14 @@ def _rule(kinds: Sequence[Kind], widths: Sequence[int | None], result_width: int
         "rows": f"{rows} {columns(result_width)}",
         "columns": f"{columns(result_width)} {rows}",
         "parts": "p",
+        "whole_rows": f"{rows} w0",
+        "sum": "w0",
     }
     operands = [
         f"{rows} {f'w{i}' if width is None else columns(width)}" for i, width in enumerate(widths)
     ]
-    return ", ".join([*operands, ""]) + " -> " + ", ".join(forms[kind] for kind in kinds)
+    scale = "w0" if scale_ndim else ""
+    return ", ".join([*operands, scale]) + " -> " + ", ".join(forms[kind] for kind in kinds)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -131,6 +137,8 @@ def _specs(kinds: Sequence[Kind], rows: Any, columns: Any) -> tuple[PartitionSpe
         "rows": PartitionSpec(rows, columns),
         "columns": PartitionSpec(columns, rows),
         "parts": PartitionSpec(rows),
+        "whole_rows": PartitionSpec(rows, None),
+        "sum": PartitionSpec(),
     }
     return tuple(specs[kind] for kind in kinds)
 
@@ -142,7 +150,7 @@ def _on_shards(
     rows: Any,
     columns: Any,
 ) -> Callable[..., tuple[Array, ...]]:
-    """`local` followed by what the amax of a shard needs to become the global one's parts."""
+    """`local` followed by what the amax or the sum of a shard needs to become the global one."""
     count = 1
     for name in _names(rows):
         count *= sizes[name]
@@ -159,6 +167,8 @@ def _on_shards(
                 result = result.reshape(-1, count).max(axis=1)
                 if _names(columns):
                     result = lax.pmax(result, _names(columns))
+            if kind == "sum" and _names(rows):
+                result = lax.psum(result, _names(rows))
             results.append(result)
         return tuple(results)
 

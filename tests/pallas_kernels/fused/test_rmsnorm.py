@@ -1,13 +1,15 @@
 """RMSNorm, quantised: against float64, by XLA and by the interpreted kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-from pallas_kernels import hardware, rmsnorm_quantize
-from pallas_kernels.fused import sm90_rmsnorm
+from pallas_kernels import hardware, rmsnorm, rmsnorm_quantize
+from pallas_kernels.fused import sm90_rmsnorm, sm90_rmsnorm_grad
 from pallas_kernels.fused.rmsnorm import make_plan
 from pallas_kernels.fused.sm90_rmsnorm import RmsNormConfig
 from pallas_kernels.interpreter import interpret_kernels
@@ -135,3 +137,106 @@ def test_gpu_kernel(shape, config):
     q, q_t, rstd, amax = sm90_rmsnorm.launch(plan, x, weight, SCALE)
     bits = jnp.abs(amax).max().view(jnp.int32)[None]
     assert_close(reference.Result(q, q_t, bits), rstd, x, weight, E4M3)
+
+
+def gradient64(x, weight, dy, g):
+    """y, dx and dw in float64."""
+    x, weight, dy, g = (np.asarray(a, np.float64) for a in (x, weight, dy, g))
+    rstd = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + EPS)
+    normed = x * rstd
+    c = (dy * weight * normed).mean(axis=-1, keepdims=True)
+    dx = g + rstd * (dy * weight - normed * c)
+    return normed * weight, dx, (dy * normed).reshape(-1, x.shape[-1]).sum(axis=0)
+
+
+def grads_of(shape, dtype):
+    rng = np.random.default_rng(6)
+    return [jnp.asarray(rng.standard_normal(shape)).astype(dtype) for _ in range(2)]
+
+
+def assert_gradient(got, x, weight, dy, g, *, adds_in_16_bits=False):
+    """One rounding to 16 bits; in XLA's sum of two gradients a second one, of one of them. Where dx
+    cancels, that of its float32 terms.
+    """
+    want = gradient64(x, weight, dy, g)
+    half = float(jnp.finfo(x.dtype).eps) / 2
+    for a, b, added in zip(got[:2], want[:2], (0, np.asarray(g, np.float64)), strict=True):
+        roundings = np.abs(b) + (np.abs(b - added) if adds_in_16_bits else 0)
+        scale = np.abs(b).max(axis=-1, keepdims=True)
+        assert (np.abs(np.asarray(a, np.float64) - b) <= half * roundings + 1e-6 * scale).all()
+    np.testing.assert_allclose(got[2], want[2], atol=2e-6 * np.abs(want[2]).max())
+
+
+@pytest.mark.parametrize(
+    ("implementation", "shape", "dtype"),
+    [
+        ("xla", (2, 6, 48), "bfloat16"),
+        ("mosaic", (3, 7, 1024), "bfloat16"),  # several rows a CTA, one more for some
+        ("mosaic", (2, 2048), "float16"),  # fewer rows than CTAs
+    ],
+)
+def test_plain_value_and_gradient(implementation, shape, dtype):
+    rows = int(np.prod(shape[:-1]))
+    x, weight = inputs(max(rows, 8), shape[-1], dtype)
+    x, (dy, g) = x[:rows].reshape(shape), grads_of(shape, dtype)
+    run = functools.partial(rmsnorm, eps=EPS, implementation=implementation)
+    with interpret_kernels():
+        (y, same), pullback = jax.vjp(run, x, weight)
+        dx, dweight = pullback((dy, g))
+    np.testing.assert_array_equal(same, x)
+    assert y.dtype == dx.dtype == x.dtype and dweight.dtype == jnp.float32
+    is_xla = implementation == "xla"
+    assert_gradient((y, dx, dweight), x, weight, dy, g, adds_in_16_bits=is_xla)
+    if not is_xla:
+        assert not interpret_pallas_call.get_races().races_found
+
+
+def test_gradient_keeps_a_bad_row_to_itself():
+    x, weight = inputs(8, 1024)
+    dy, g = grads_of(x.shape, "bfloat16")
+    with interpret_kernels():
+        run = functools.partial(rmsnorm, eps=EPS, implementation="mosaic")
+        _, pullback = jax.vjp(run, x, weight)
+        dx, _ = pullback((dy.at[3, 5].set(jnp.nan), g))
+    assert np.isnan(np.asarray(dx, np.float32)).any(axis=1).nonzero()[0].tolist() == [3]
+
+
+@pytest.mark.parametrize("columns", [1024, 2048, 4096])
+def test_gradient_compiles_for_sm90a_without_spills(columns):
+    plan = sm90_rmsnorm_grad.RmsNormGradPlan(rows=16384, columns=columns, dtype="bfloat16")
+    assert sm90_rmsnorm_grad.unsupported_reason(plan) is None
+    assert 2 * sm90_rmsnorm_grad.smem_bytes(plan) <= 227 * 1024  # two CTAs to a multiprocessor
+    matrix = jax.ShapeDtypeStruct((16384, columns), jnp.bfloat16)
+    vectors = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (16384, columns)]
+    run = functools.partial(sm90_rmsnorm_grad.launch, plan)
+    report = ptxas_report(run, matrix, matrix, matrix, *vectors)
+    assert report.spilled_bytes == 0, report.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "message"),
+    [
+        (1536, jnp.bfloat16, "1536 columns must be a multiple of 1024 up to 4096"),
+        (8192, jnp.bfloat16, "8192 columns must be a multiple of 1024 up to 4096"),
+        (1024, jnp.float32, "x.dtype=float32 must have 16 bits"),
+    ],
+)
+def test_gradient_kernel_refuses_with_the_reason(columns, dtype, message):
+    with (
+        hardware.assume_device_kind("NVIDIA H200"),
+        pytest.raises(NotImplementedError, match=message),
+    ):
+        rmsnorm(jnp.zeros((8, columns), dtype), jnp.ones(columns), eps=EPS, implementation="mosaic")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 1000, 4096), (333, 2048)], ids=str)
+def test_gpu_gradient_and_its_repeatability(shape):
+    x, weight = inputs(int(np.prod(shape[:-1])), shape[-1])
+    x, (dy, g) = x.reshape(shape), grads_of(shape, "bfloat16")
+    _, pullback = jax.vjp(functools.partial(rmsnorm, eps=EPS, implementation="mosaic"), x, weight)
+    (dx, dweight), again = pullback((dy, g)), pullback((dy, g))
+    y = gradient64(x, weight, dy, g)[0].astype(np.float32)
+    assert_gradient((jnp.asarray(y, x.dtype), dx, dweight), x, weight, dy, g)
+    np.testing.assert_array_equal(dx, again[0])
+    np.testing.assert_array_equal(dweight, again[1])

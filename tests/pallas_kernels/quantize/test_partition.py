@@ -93,6 +93,29 @@ def test_arrays_of_several_widths_are_split_alike_or_by_rows_alone(axis_type):
     assert not re.search(r"= \S+ (?:all-\w+|collective-\w+)\(", compiled.as_text())
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("data"), P(("data", "tensor")), P()], ids=str)
+def test_whole_rows_and_sums_over_the_rows(spec, axis_type):
+    def local(x, column, weight):
+        return x * column * weight, (x * column).sum(axis=0)
+
+    def run(*arrays):
+        options = dict(widths=(None, None), result_width=1)
+        return per_device(local, arrays[:2], arrays[2], ["whole_rows", "sum"], **options)
+
+    whole = jnp.round(4 * X)  # so that no sum is rounded
+    arrays = whole, whole[:, :1], whole[0]
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays[:2]]
+        split.append(jax.device_put(arrays[2], NamedSharding(mesh, P())))
+        compiled = jax.jit(run).lower(*split).compile()
+        for got, want in zip(compiled(*split), local(*arrays), strict=True):
+            np.testing.assert_array_equal(got, want)
+    collectives = re.findall(r"= (\S+) (?:all-\w+|collective-\w+)\(", compiled.as_text())
+    assert len(collectives) == (spec != P()) and all("f32[512]" in c for c in collectives)
+
+
 def test_shard_map_sees_its_own_part():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
