@@ -297,7 +297,7 @@ def partial_row_sums(x: Array, *, interpret: bool) -> Array:
             # Four independent chains: one would wait for each addition.
             chains = [functools.reduce(arith.addf, values[i::4]) for i in range(4)]
             sums.append(arith.addf(arith.addf(*chains[:2]), arith.addf(*chains[2:])))
-        return _per_row(sums)
+        return per_row(sums)
 
     return add(x)
 
@@ -317,12 +317,12 @@ def total_row_sums(x: Array, *, interpret: bool) -> Array:
             for lane in (1, 2):
                 value = arith.addf(value, mgpu.utils.shfl_bfly(value, lane))
             sums.append(value)
-        return _per_row(sums)
+        return per_row(sums)
 
     return add(x)
 
 
-def _per_row(values: list[Any]) -> Any:
+def per_row(values: list[Any]) -> Any:
     """Makes an array of layout `PER_ROW` of this thread's two values, each float32."""
     layout = PER_ROW.to_mgpu()
     one = ir.VectorType.get((1,), ir.F32Type.get())

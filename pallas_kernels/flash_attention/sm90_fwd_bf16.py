@@ -63,6 +63,7 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     tile_of,
 )
 from pallas_kernels.flash_attention.sm90_isolation import note_bad_output
+from pallas_kernels.flash_attention.sm90_softmax import LOWEST, online_softmax, rescale
 from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, partial_row_sums, total_row_sums
 from pallas_kernels.numerics import LN2, LOG2E
 
@@ -108,7 +109,7 @@ class _State(NamedTuple):
     """The online softmax of ROWS queries after some blocks."""
 
     out: Array  # [ROWS, H], float32: sum of P V, without the last block's
-    row_max: Array  # [ROWS], of c * S
+    row_max: Array  # [ROWS], of c * S, or near it (`sm90_softmax`)
     row_sum: Array  # [ROWS], each thread's part
     p: Array  # [ROWS, block_kv]: the last block's P
 
@@ -145,6 +146,8 @@ def _first_block(loop: Loop) -> _State:
     s = pl.run_scoped(product, logits_type(plan))
     row_max, row_sum = row_constant(NEG_INF, jnp.float32), row_constant(0.0, jnp.float32)
     p, row_max, row_sum, _ = _softmax(loop, mask(loop, first, s), row_max, row_sum)
+    if plan.config.lazy_rescale:
+        row_max = jnp.maximum(row_max, LOWEST)
     plgpu.barrier_arrive(scratch.k_free.at[loop.stage(first)])
     wait_for_k(loop, first + 1)
     out = jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32)
@@ -165,7 +168,7 @@ def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _St
         if plan.config.overlap:
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             s = mask(loop, j, s) if may_be_masked else s
-            result = _softmax(loop, s, state.row_max, state.row_sum)
+            result = _online_softmax(loop, s, state)
             plgpu.barrier_arrive(k_free)
             # The pin, and the branch of the wait, keep ptxas from moving the wait for P V
             # ahead of the softmax.
@@ -177,7 +180,7 @@ def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _St
         out = _read_out(loop, o_acc, state)
         plgpu.barrier_arrive(v_free)
         s = mask(loop, j, s_acc[...]) if may_be_masked else s_acc[...]
-        result = _softmax(loop, s, state.row_max, state.row_sum)
+        result = _online_softmax(loop, s, state)
         plgpu.barrier_arrive(k_free)
         wait_for_k(loop, j + 1)
         return result, out
@@ -187,7 +190,11 @@ def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _St
     # The registers of the old P feed the product that is in flight until `out` is read; writing
     # the new P earlier would make ptxas serialise the wgmmas.
     p, out = pin(plan, (p, out))
-    return _State(out * spread_rows(decay, out.shape), row_max, row_sum, p.astype(plan.spec.dtype))
+    if plan.config.lazy_rescale:
+        out = rescale(out, decay, interpret=plan.interpret)
+    else:
+        out *= spread_rows(decay, out.shape)
+    return _State(out, row_max, row_sum, p.astype(plan.spec.dtype))
 
 
 def _issue_pv(loop: Loop, o_acc: Any, state: _State, j: Array) -> None:
@@ -206,6 +213,15 @@ def _issue_pv(loop: Loop, o_acc: Any, state: _State, j: Array) -> None:
 def _read_out(loop: Loop, o_acc: Any, state: _State) -> Array:
     """Waits for O += P V."""
     return state.out + o_acc[...] if loop.plan.interpret else o_acc[...]
+
+
+def _online_softmax(loop: Loop, s: Array, state: _State) -> tuple[Array, Array, Array, Array]:
+    """Returns P of masked logits, the new reference and sum, and the decay of what is older."""
+    plan = loop.plan
+    if not plan.config.lazy_rescale:
+        return _softmax(loop, s, state.row_max, state.row_sum)
+    scale = plan.spec.softmax_scale * LOG2E
+    return online_softmax(s, state.row_max, state.row_sum, scale, interpret=plan.interpret)
 
 
 def _softmax(
