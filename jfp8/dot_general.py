@@ -161,7 +161,8 @@ def _fp8_matmul(
         cast_rhs = cast(rhs, scale[RHS], RHS, static.recipe, layouts="columns")
     else:
         cast_rhs = rhs_of(rhs, kernel_cast, scale[RHS], static.recipe)
-    return forward_gemm(cast_lhs, cast_rhs, static.lhs_dtype)
+    implementation = static.recipe.gemm_implementation
+    return forward_gemm(cast_lhs, cast_rhs, static.lhs_dtype, implementation)
 
 
 def _fp8_fwd(
@@ -187,7 +188,8 @@ def _fp8_fwd(
         jnp.stack([cast_lhs.scale, cast_rhs.scale, scale[GRAD]]), "fp8_statistics"
     )
     with jax.named_scope("fp8_dot/fwd"):
-        out = forward_gemm(cast_lhs, cast_rhs, static.lhs_dtype)
+        implementation = static.recipe.gemm_implementation
+        out = forward_gemm(cast_lhs, cast_rhs, static.lhs_dtype, implementation)
     return out, (saved_lhs, saved_rhs, scale, seen)
 
 

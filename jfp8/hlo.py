@@ -14,6 +14,8 @@ _CUBLAS_KINDS = {
     "__cublas$lt$matmul": "cublaslt",
     "__cublas$gemm": "cublas",
 }
+_MOSAIC_TARGET = "mosaic_gpu"  # the beginning of it
+_MOSAIC_KERNEL = re.compile(r"(?:^|/)fp8_matmul/")  # in the op_name of a call of the kernel
 _MLIR_INTEGER = {"i1": "pred", "i8": "s8", "i32": "s32", "ui8": "u8"}
 
 
@@ -22,7 +24,8 @@ class Gemm:
     """One matrix multiplication of a program: `batch` times [m, k] . [k, n]."""
 
     kind: str
-    """cublaslt_fp8, cublaslt, cublas (library calls), triton (a fusion), or dot."""
+    """cublaslt_fp8, cublaslt, cublas (library calls), mosaic_fp8 (`pallas_kernels.fp8_matmul`),
+    triton (a fusion), or dot."""
     batch: int
     m: int
     n: int
@@ -67,6 +70,10 @@ class _Dims:
         k = math.prod(lhs.shape[d] for d in self.lhs_contract)
         m, n = (math.prod(x.shape) // max(batch * k, 1) for x in (lhs, rhs))
         return batch, m, n, k
+
+
+# Of [M, K] and [N, K], as `pallas_kernels.fp8_matmul` takes its operands.
+_MOSAIC_DIMS = _Dims((1,), (1,), (), ())
 
 
 # --------------------------------------------------------------------------- optimised HLO text
@@ -180,9 +187,11 @@ def _callees(attributes: str) -> Iterator[tuple[str, str]]:
 
 
 def _hlo_gemm(instruction: _Instruction, types: dict[str, _Type], kind: str) -> Gemm | None:
+    op_name = _OP_NAME.search(instruction.attributes)
+    name = op_name[1] if op_name else ""
     if instruction.opcode == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-        kind = _CUBLAS_KINDS.get(target[1], "") if target else ""
+        kind = _call_kind(target[1], name) if target else ""
         pattern = r'"%s_%s_dimensions":\[([^\]]*)\]'
     elif instruction.opcode == "dot":
         pattern = r"\b%s_%s_dims=\{([^}]*)\}"
@@ -196,14 +205,17 @@ def _hlo_gemm(instruction: _Instruction, types: dict[str, _Type], kind: str) -> 
         return _integers(match[1]) if match else ()
 
     lhs, rhs = (types[operand] for operand in instruction.operands[:2])
-    dims = _Dims(
-        dimensions("lhs", "contracting"),
-        dimensions("rhs", "contracting"),
-        dimensions("lhs", "batch"),
-        dimensions("rhs", "batch"),
+    dims = (
+        _MOSAIC_DIMS
+        if kind == "mosaic_fp8"
+        else _Dims(
+            dimensions("lhs", "contracting"),
+            dimensions("rhs", "contracting"),
+            dimensions("lhs", "batch"),
+            dimensions("rhs", "batch"),
+        )
     )
     batch, m, n, k = dims.sizes(lhs, rhs)
-    op_name = _OP_NAME.search(instruction.attributes)
     return Gemm(
         kind=kind,
         batch=batch,
@@ -213,8 +225,15 @@ def _hlo_gemm(instruction: _Instruction, types: dict[str, _Type], kind: str) -> 
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
         out_dtype=instruction.type.dtype,
-        op_name=op_name[1] if op_name else "",
+        op_name=name,
     )
+
+
+def _call_kind(target: str, op_name: str) -> str:
+    """The kind of GEMM that a custom call is, or "" for none."""
+    if target.startswith(_MOSAIC_TARGET) and _MOSAIC_KERNEL.search(op_name):
+        return "mosaic_fp8"
+    return _CUBLAS_KINDS.get(target, "")
 
 
 # ------------------------------------------------------------------------------------ StableHLO
@@ -227,7 +246,7 @@ def stablehlo_gemms(module: ir.Module | str) -> list[Gemm]:
       module: `jax.stages.Lowered.compiler_ir()`, or StableHLO text (names of the operations are
         known only with `as_text(debug_info=True)`).
 
-    Returns: as `hlo_gemms`; every kind is "dot".
+    Returns: as `hlo_gemms`; every kind is "dot" or "mosaic_fp8".
 
     Raises:
       ValueError: if `module` is text that is not StableHLO with a public main function.
@@ -246,7 +265,7 @@ def stablehlo_gemms(module: ir.Module | str) -> list[Gemm]:
     }
     if "main" not in functions:
         raise ValueError(f"the module must have a function main (it has {sorted(functions)})")
-    return list(_walk(functions["main"], functions, 1, True))
+    return list(_walk(functions["main"], functions, 1, True, ""))
 
 
 def _unquoted(attribute: ir.Attribute) -> str:
@@ -254,7 +273,11 @@ def _unquoted(attribute: ir.Attribute) -> str:
 
 
 def _walk(
-    parent: ir.Operation, functions: dict[str, ir.Operation], executions: int, known: bool
+    parent: ir.Operation,
+    functions: dict[str, ir.Operation],
+    executions: int,
+    known: bool,
+    caller: str,
 ) -> Iterator[Gemm]:
     for i, region in enumerate(parent.regions):
         trips, trips_known = 1, True
@@ -263,14 +286,13 @@ def _walk(
             trips, trips_known = (1, False) if count is None else (count, True)
         inner = (executions * trips, known and trips_known)
         for operation in (op.operation for block in region.blocks for op in block.operations):
-            if operation.name == "stablehlo.dot_general":
-                gemm = _stablehlo_gemm(operation)
+            if gemm := _stablehlo_gemm(operation, caller):
                 yield dataclasses.replace(gemm, executions=inner[0], executions_known=inner[1])
             elif operation.name == "func.call":
                 callee = functions[_unquoted(operation.attributes["callee"])]
-                yield from _walk(callee, functions, *inner)
+                yield from _walk(callee, functions, *inner, _full_name(operation, caller))
             else:
-                yield from _walk(operation, functions, *inner)
+                yield from _walk(operation, functions, *inner, caller)
 
 
 def _trip_count(loop: ir.Operation) -> int | None:
@@ -300,18 +322,36 @@ def _constant(value: ir.Value) -> int | None:
     return int(match[1]) if match else None
 
 
-def _stablehlo_gemm(operation: ir.Operation) -> Gemm:
-    lhs, rhs = (_mlir_type(operand) for operand in operation.operands)
-    dims = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
-    name = re.match(r'loc\("([^"]*)"', str(operation.location))
-    batch, m, n, k = _Dims(
-        dims.lhs_contracting_dimensions,
-        dims.rhs_contracting_dimensions,
-        dims.lhs_batching_dimensions,
-        dims.rhs_batching_dimensions,
-    ).sizes(lhs, rhs)
+def _full_name(operation: ir.Operation, caller: str) -> str:
+    """Its name; a function of its own, such as a jitted one, names what is in it from scratch."""
+    match = re.match(r'loc\("([^"]*)"', str(operation.location))
+    name = match[1] if match and not match[1].startswith("-") else ""
+    is_relative = bool(name and caller) and not name.startswith("jit(")
+    return f"{caller}/{name}" if is_relative else name or caller
+
+
+def _stablehlo_gemm(operation: ir.Operation, caller: str) -> Gemm | None:
+    name = _full_name(operation, caller)
+    if operation.name == "stablehlo.dot_general":
+        numbers = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
+        kind = "dot"
+        dims = _Dims(
+            numbers.lhs_contracting_dimensions,
+            numbers.rhs_contracting_dimensions,
+            numbers.lhs_batching_dimensions,
+            numbers.rhs_batching_dimensions,
+        )
+    elif operation.name == "stablehlo.custom_call":
+        kind = _call_kind(_unquoted(operation.attributes["call_target_name"]), name)
+        dims = _MOSAIC_DIMS
+    else:
+        return None
+    if not kind:
+        return None
+    lhs, rhs = (_mlir_type(operand) for operand in list(operation.operands)[:2])
+    batch, m, n, k = dims.sizes(lhs, rhs)
     return Gemm(
-        kind="dot",
+        kind=kind,
         batch=batch,
         m=m,
         n=n,
@@ -319,7 +359,7 @@ def _stablehlo_gemm(operation: ir.Operation) -> Gemm:
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
         out_dtype=_mlir_type(operation.results[0]).dtype,
-        op_name=name[1] if name and not name[1].startswith("-") else "",
+        op_name=name,
     )
 
 

@@ -134,11 +134,12 @@ def _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts):
         cast_w1, saved_w1 = save_for_dgrad(cast_w1, "fp8_rhs")
         cast_w2, saved_w2 = save_for_dgrad(cast_w2, "fp8_rhs")
     with jax.named_scope("fp8_dot/fwd"):
-        gate_up = checkpoint_name(forward_gemm(cast_x, cast_w1, static.x_dtype), "gate_up")
+        gate_up = forward_gemm(cast_x, cast_w1, static.x_dtype, recipe.gemm_implementation)
+        gate_up = checkpoint_name(gate_up, "gate_up")
     with jax.named_scope("fp8_dot/quantize_lhs"):
         hidden, saved_hidden = save_for_wgrad(_cast_hidden(static, gate_up, scale2), "fp8_lhs")
     with jax.named_scope("fp8_dot/fwd"):
-        out = forward_gemm(hidden, cast_w2, static.x_dtype)
+        out = forward_gemm(hidden, cast_w2, static.x_dtype, recipe.gemm_implementation)
     first = _statistics(cast_x, cast_w1, scale1[GRAD])
     second = _statistics(hidden, cast_w2, scale2[GRAD])
     return out, (gate_up, (saved_x, saved_w1, *first), (saved_hidden, saved_w2, *second))

@@ -9,6 +9,7 @@ from pallas_kernels.flash_attention.config import Fp8Options
 from pallas_kernels.fused.rmsnorm import rmsnorm, rmsnorm_quantize
 from pallas_kernels.fused.rope import rope_qkv
 from pallas_kernels.fused.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
+from pallas_kernels.matmul.api import fp8_matmul
 from pallas_kernels.quantize.api import quantize
 from pallas_kernels.quantize.contract import Quantized
 
@@ -17,6 +18,7 @@ __all__ = [
     "Quantized",
     "flash_attention",
     "flash_attention_choice",
+    "fp8_matmul",
     "quantize",
     "rmsnorm",
     "rmsnorm_quantize",

@@ -63,6 +63,7 @@ RESUME_RULES: dict[str, tuple[Literal["free", "note"], str]] = {
     "data.cache_directory": ("free", "a cache, keyed by its contents"),
     "model.attention_implementation": ("note", "another kernel rounds differently"),
     "model.remat": ("note", "the compiler fuses differently; losses may differ by rounding"),
+    "fp8.gemm_implementation": ("note", "another kernel adds in another order"),
     "fp8.minimum_fraction": ("free", "a check before the first step"),
     "fp8.inspect_every": ("free", "measured by a program of its own"),
     "optimizer.max_consecutive_skips": ("free", "when to give up"),

@@ -35,6 +35,7 @@ def make_recipe(config: Fp8Config) -> jfp8.Recipe:
         gradient_format=config.gradient_format,
         calibration="explicit",
         quantize_implementation=config.quantize_implementation,
+        gemm_implementation=config.gemm_implementation,
         weight_grad_dtype=config.weight_grad_dtype,
         skip=config.skip_layers if config.head else (*config.skip_layers, "head"),
     )

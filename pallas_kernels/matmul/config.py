@@ -1,9 +1,9 @@
 """What an FP8 product computes and how it cuts its work: shapes, memory, limits, chosen configs."""
 
-# Shapes: M rows of lhs, N rows of rhs_t, K contracted; a tile is [tile_m, tile_n], its step BLOCK_K.
+# Shapes: M rows of lhs, N rows of rhs_t, K contracted; a tile is [tile_m, tile_n].
 
 import dataclasses
-import itertools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ class MatmulConfig:
     group_axis: Literal[0, 1] = 0
     """Whether those are tiles of rows (0) or of columns (1)."""
     out_slots: int = 2
-    """Staging buffers of 64 rows x 128 bytes per warpgroup."""
+    """Staging buffers of 64 rows x 128 bytes per warpgroup, at most."""
 
     def __post_init__(self) -> None:
         for name in ("stages", "group", "out_slots"):
@@ -113,6 +113,13 @@ class MatmulPlan:
         """Columns of a staging buffer: as wide as the widest swizzle."""
         return SWIZZLE_BYTES // jnp.dtype(self.out_dtype).itemsize
 
+    @property
+    def out_slots(self) -> int:
+        """Staging buffers: as asked for, if those of a tile fill them a whole number of times. So
+        each tile may begin with the first one."""
+        per_tile = self.config.halves * (self.config.tile_n // self.out_columns)
+        return math.gcd(self.config.out_slots, per_tile)
+
 
 class Scratch(NamedTuple):
     """Shared memory of a CTA."""
@@ -146,7 +153,7 @@ def scratch_types(plan: MatmulPlan) -> Scratch:
         lhs=plgpu.SMEM((stages, config.tile_m, BLOCK_K), plan.lhs_dtype, transforms=operand),
         rhs=plgpu.SMEM((stages, config.tile_n, BLOCK_K), plan.rhs_dtype, transforms=operand),
         out=plgpu.SMEM(
-            (COMPUTE_WARPGROUPS, config.out_slots, ROWS, plan.out_columns),
+            (COMPUTE_WARPGROUPS, plan.out_slots, ROWS, plan.out_columns),
             out_dtype,
             transforms=tile_transforms(out_dtype.itemsize),
         ),
@@ -221,18 +228,26 @@ def config_for(m: int, n: int, k: int, out_dtype: jax.typing.DTypeLike) -> Matmu
     return MatmulConfig()
 
 
+_TILES: tuple[tuple[int, int, int, Schedule], ...] = (
+    # tile_m, tile_n, stages, schedule
+    (128, 256, 4, "cooperative"),
+    (128, 256, 3, "cooperative"),
+    (256, 128, 4, "cooperative"),
+    (128, 128, 6, "cooperative"),
+    (128, 128, 6, "pingpong"),
+    (64, 256, 4, "pingpong"),
+)
+_ORDERS: tuple[tuple[int, int, Literal[0, 1]], ...] = (
+    # cluster, group, group_axis
+    (1, 8, 0),
+    (1, 16, 0),
+    (1, 8, 1),
+    (2, 8, 0),
+)
+
+
 def candidates() -> list[MatmulConfig]:
     """Configs worth timing; `rejection` says which of them a shape cannot use."""
-    tiles = (
-        # tile_m, tile_n, stages, schedule
-        (128, 256, 4, "cooperative"),
-        (128, 256, 3, "cooperative"),
-        (256, 128, 4, "cooperative"),
-        (128, 128, 6, "cooperative"),
-        (128, 128, 6, "pingpong"),
-        (64, 256, 5, "pingpong"),
-    )
-    orders = ((1, 8, 0), (1, 16, 0), (1, 8, 1), (2, 8, 0))  # cluster, group, group_axis
     return [
         MatmulConfig(
             tile_m=tile_m,
@@ -243,7 +258,6 @@ def candidates() -> list[MatmulConfig]:
             group=group,
             group_axis=axis,
         )
-        for (tile_m, tile_n, stages, schedule), (cluster, group, axis) in itertools.product(
-            tiles, orders
-        )
+        for tile_m, tile_n, stages, schedule in _TILES
+        for cluster, group, axis in _ORDERS
     ]

@@ -71,7 +71,7 @@ class _Kernel(NamedTuple):
     smem: Scratch
 
     @property
-    def count(self) -> Array:
+    def num_tiles(self) -> Array:
         """Tiles of this CTA."""
         plan, cta = self.plan, lax.axis_index("cta")
         return lax.div(plan.num_tiles - cta + (plan.programs - 1), jnp.int32(plan.programs))
@@ -102,7 +102,7 @@ class _Kernel(NamedTuple):
     def load_tiles(self) -> None:
         """Fills the ring, block after block of tile after tile."""
         plan, config = self.plan, self.plan.config
-        stages, steps, count = config.stages, plan.steps, self.count
+        stages, steps, count = config.stages, plan.steps, self.num_tiles
 
         def load(i: Array, _: None) -> None:
             row, column = self.tile(i)
@@ -142,10 +142,12 @@ class _Kernel(NamedTuple):
             self.store(self.multiply(i), scale, row + self.first_row, column)
 
         if self.plan.config.schedule == "pingpong":
-            mine = lax.div(self.count - wg + (COMPUTE_WARPGROUPS - 1), jnp.int32(COMPUTE_WARPGROUPS))
+            mine = lax.div(
+                self.num_tiles - wg + (COMPUTE_WARPGROUPS - 1), jnp.int32(COMPUTE_WARPGROUPS)
+            )
             lax.fori_loop(0, mine, lambda i, _: compute(COMPUTE_WARPGROUPS * i + wg), None)
         else:
-            lax.fori_loop(0, self.count, lambda i, _: compute(i), None)
+            lax.fori_loop(0, self.num_tiles, lambda i, _: compute(i), None)
         plgpu.wait_smem_to_gmem(0)
 
     @property
@@ -185,7 +187,7 @@ class _Kernel(NamedTuple):
 
     def store(self, sums: tuple[Array, ...], scale: Array, row: Array, column: Array) -> None:
         """Sends scale * sums to the result, one staging buffer after the other."""
-        plan, slots, width = self.plan, self.plan.config.out_slots, self.plan.out_columns
+        plan, slots, width = self.plan, self.plan.out_slots, self.plan.out_columns
         buffers, per_half = self.smem.out.at[lax.axis_index("wg")], plan.config.tile_n // width
         for half, values in enumerate(sums):
             for j in range(per_half):
@@ -227,17 +229,17 @@ def launch(plan: MatmulPlan, lhs: Array, rhs_t: Array, scale: Array) -> Array:
     Returns: `[M, N]`.
     """
     cluster = plan.config.cluster
-    clusters = dict(cluster=(cluster,), cluster_names=("peer",)) if cluster > 1 else {}
     return plgpu.kernel(
         functools.partial(_body, plan=plan),
         out_type=jax.ShapeDtypeStruct((plan.m, plan.n), plan.out_dtype),
         scratch_types=tuple(scratch_types(plan)),
         grid=(plan.programs,),
         grid_names=("cta",),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("peer",) if cluster > 1 else (),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         kernel_name=KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
-        **clusters,
     )(lhs, rhs_t, scale.reshape(1))

@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 import pytest
 
-from jfp8.diagnostics import fp8_dot_count
+from jfp8.diagnostics import fp8_dot_count, lowered_dot_count
 from pallas_kernels import hardware
 from tests.aot import compile_for_h200
 from train.config import parse
@@ -47,6 +47,17 @@ def test_one_layer_compiles_for_the_h200():
     assert len(gemms) == 12 and all(g.kind == "cublaslt_fp8" for g in gemms)
     # Nothing is left for XLA to transpose.
     assert not re.search(r"= f8e\w+\[[\d,]+\]\S* (copy|transpose)\(", text)
+
+
+def test_forward_gemms_of_the_blocks_by_the_kernel():
+    with hardware.assume_device_kind("NVIDIA H200"):
+        step, *shapes = step_and_shapes("--fp8.gemm-implementation", "mosaic")
+        lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",))
+    report = lowered_dot_count(lowered, op_name="fp8_dot/")
+    forward = report.matching("fp8_dot/fwd")
+    assert [g.kind for g in forward.gemms] == ["mosaic_fp8"] * 4
+    assert len(report.gemms) == 12 and report.fp8_flop_fraction == 1
+    assert report.fp8_flops == 3 * forward.fp8_flops
 
 
 @pytest.mark.parametrize(
