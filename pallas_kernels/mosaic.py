@@ -268,6 +268,80 @@ def keep_equal(s: Array, row_ids: Array, column_ids: Array, *, interpret: bool) 
     return keep(s, row_ids, column_ids)
 
 
+def set_first_column(s: Array, x: Array, *, interpret: bool) -> Array:
+    """Sets s[i, 0] to x[i], unless one of both is -inf.
+
+    Args:
+      s: `[M, N]`, float32, layout `MATRIX`.
+      x: `[M]`, float32, layout `PER_ROW`.
+      interpret: use the twin in plain JAX.
+    """
+    if interpret:
+        x, is_first = x[:, None], lax.broadcasted_iota(jnp.int32, s.shape, 1) == 0
+        return jnp.where(is_first & (x != _NEG_INF) & (s != _NEG_INF), x, s)
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX, PER_ROW), return_type=plgpu.ShapeDtypeStruct(s.shape, s.dtype, MATRIX)
+    )
+    def put(_: Any, s: Any, x: Any) -> Any:
+        rows = [vector.extract(r, [], [0]) for r in x.registers.flat]
+        registers = s.registers.reshape(s.shape[0] // ROWS, s.shape[1] // 8, 2).copy()
+        is_first = _lane_is_below(4, 1)
+        for m, half in np.ndindex(registers.shape[0], 2):
+            pair = registers[m, 0, half]
+            registers[m, 0, half] = _put_if(is_first, pair, 0, rows[2 * m + half])
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(s.registers.shape), _layout=s.layout, _is_signed=None
+        )
+
+    return put(s, x)
+
+
+def set_first_row(s: Array, x: Array, *, interpret: bool) -> Array:
+    """Sets s[0, j] to x[j], unless one of both is -inf.
+
+    Args:
+      s: `[M, N]`, float32, layout `MATRIX`.
+      x: `[N]`, float32, layout `PER_COLUMN`.
+      interpret: use the twin in plain JAX.
+    """
+    if interpret:
+        x, is_first = x[None, :], lax.broadcasted_iota(jnp.int32, s.shape, 0) == 0
+        return jnp.where(is_first & (x != _NEG_INF) & (s != _NEG_INF), x, s)
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX, PER_COLUMN), return_type=plgpu.ShapeDtypeStruct(s.shape, s.dtype, MATRIX)
+    )
+    def put(_: Any, s: Any, x: Any) -> Any:
+        registers = s.registers.reshape(s.shape[0] // ROWS, s.shape[1] // 8, 2).copy()
+        is_first = _lane_is_below(mgpu.utils.WARPGROUP_SIZE, 4)
+        for j, values in enumerate(x.registers.flat):
+            for b in (0, 1):
+                value = vector.extract(values, [], [b])
+                registers[0, j, 0] = _put_if(is_first, registers[0, j, 0], b, value)
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(s.registers.shape), _layout=s.layout, _is_signed=None
+        )
+
+    return put(s, x)
+
+
+def _lane_is_below(group: int, count: int) -> Any:
+    """Whether this thread is one of the first `count` of its `group`."""
+    i32 = ir.IntegerType.get_signless(32)
+    lane = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(group, i32))
+    return arith.cmpi(arith.CmpIPredicate.ult, lane, mgpu.utils.c(count, i32))
+
+
+def _put_if(condition: Any, pair: Any, index: int, value: Any) -> Any:
+    """Replaces one element of a register if `condition` holds, and neither it nor value is -inf."""
+    neg_inf = mgpu.utils.c(_NEG_INF, ir.F32Type.get())
+    old = vector.extract(pair, [], [index])
+    for x in (old, value):
+        condition = arith.andi(condition, arith.cmpf(arith.CmpFPredicate.UNE, x, neg_inf))
+    return vector.insert(arith.select(condition, value, old), pair, [], [index])
+
+
 def partial_row_sums(x: Array, *, interpret: bool) -> Array:
     """Returns what this thread's elements of each row add up to; see `total_row_sums`.
 

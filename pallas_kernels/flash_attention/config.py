@@ -24,6 +24,9 @@ class Fp8Options:
     channels (needs a head dim that is a power of two). It leaves q k^T as it is."""
     center_keys: bool = True
     """Subtract the mean key of each head, which moves all logits of a row alike."""
+    exact_first_key: bool = True
+    """Correct the logits of the first key, which many models give most of a row's weight (an
+    attention sink): the rounding errors of one large logit do not average out."""
     gradient_format: Literal["e4m3", "e5m2"] = "e4m3"
     """8-bit format of the output's gradient."""
     backward: Literal["fp8", "bf16"] = "fp8"

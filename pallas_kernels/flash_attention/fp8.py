@@ -11,6 +11,8 @@ Inputs    k' = k - m,  q8 ~ (q M) / sq,  k8 ~ (k' M) / sk,  v8 ~ v / sv, a scale
 Forward, over blocks j of keys from the last to the first, x_ij = c q8_i . k8_j:
   u = max(u, rowmax_j(x)),  r_j = max(rowmax_j(x), u - MAX_RISE)   the block's own maximum
   P = exp2(x - r_j + P_BITS), rounded to E4M3 for P v8,   l += rowsum(P) before that rounding
+  but x_i0 = c H q_i . k'_0 / (sq sk): where the first key is an attention sink, no other key's
+  errors average out those of its logit
   O and l are kept relative to r_j, O also to sv_j: * exp2(r_{j+1} - r_j) from a block to the next
   out = O / l,   lse2 = r + log2(l) - P_BITS,   lse = lse2 ln 2 + softmax_scale q . m
 The block's own maximum lets P use the full range of E4M3 in every block, so that one key with a
@@ -31,7 +33,7 @@ A NaN or infinity in q, k or v makes NaN of everything that shares its scale, ma
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, G = N // K, H head dim.
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,7 @@ class Inputs(NamedTuple):
     v_scale: Array  # [B, K, S / BLOCK]
     v_norm: Array  # [B, K], float32: largest Euclidean length of a row of v
     key_mean: Array | None  # [B, K, H], float32: m
+    first_key: Array | None = None  # [B, N, T], float32: for q8 . k8 of key 0
     v_columns: Array | None = None  # [B, K, H, S or more]: v transposed, if the kernel made it
 
 
@@ -182,6 +185,21 @@ def rotate(x: Array, *, inverse: bool = False) -> Array:
         precision=lax.Precision.HIGHEST if x.dtype == _F32 else None,
         preferred_element_type=x.dtype,
     )
+
+
+def round_like(x: Array, dtype: Any) -> Array:
+    """Rounds float32 to the nearest number of an 8-bit `dtype`, ties to even; saturates."""
+    info = jnp.finfo(dtype)
+    x = jnp.clip(x, -float(info.max), float(info.max))
+    normal = lax.reduce_precision(x, 8, info.nmant)
+    unit = float(info.smallest_subnormal)
+    subnormal = jnp.round(x * (1 / unit)) * unit
+    return jnp.where(jnp.abs(x) < float(info.tiny), subnormal, normal)
+
+
+def widen(x: Array) -> Array:
+    """Converts 8 bits to float32; rounds again, in case that XLA dropped the first time."""
+    return round_like(x.astype(_F32), x.dtype)
 
 
 def permute_16(x: Array, axis: int) -> Array:

@@ -18,13 +18,38 @@ _MEAN_KEYS = 512
 def quantize_inputs(q: Array, k: Array, v: Array, spec: AttentionSpec) -> fp8.Inputs:
     """Centres, rotates and rounds q, k and v."""
     mean = key_mean(k) if spec.fp8.center_keys else None
+    plain_q, plain_k = q, k
     if mean is not None:
         k = (k.astype(_F32) - mean[:, None]).astype(k.dtype)
     if spec.fp8.rotate:
         q, k = fp8.rotate(q), fp8.rotate(k)
     (q_8, q_scale), (k_8, k_scale), (v_8, v_scale) = (quantize_blocks(x) for x in (q, k, v))
     v_norm = jnp.sqrt(jnp.square(v.astype(_F32)).sum(axis=3)).max(axis=1)
-    return fp8.Inputs(q_8, k_8, v_8, q_scale, k_scale, v_scale, v_norm, mean)
+    inputs = fp8.Inputs(q_8, k_8, v_8, q_scale, k_scale, v_scale, v_norm, mean)
+    return with_first_key(inputs, plain_q, plain_k, spec)
+
+
+def with_first_key(inputs: fp8.Inputs, q: Array, k: Array, spec: AttentionSpec) -> fp8.Inputs:
+    """Adds `first_key`, if the options ask for it."""
+    if not spec.fp8.exact_first_key:
+        return inputs
+    key = to_query_heads(first_key_of(k, inputs.key_mean), spec)
+    # As an elementwise product, because XLA fuses that with the conversion.
+    products = (q.astype(_F32) * key[:, None]).sum(axis=3).transpose(0, 2, 1)
+    gain = spec.head_dim if spec.fp8.rotate else 1
+    return inputs._replace(first_key=products * (gain / first_key_scale(inputs, spec)))
+
+
+def first_key_of(k: Array, mean: Array | None) -> Array:
+    """k' of the first key, `[B, K, H]`, float32."""
+    key = k[:, 0].astype(_F32)
+    return key if mean is None else key - mean
+
+
+def first_key_scale(inputs: fp8.Inputs, spec: AttentionSpec) -> Array:
+    """sq sk of each query and the first key, `[B, N, T]`."""
+    q_scale = fp8.rows_of(inputs.q_scale, spec.query_length)
+    return q_scale * _to_query_heads(inputs.k_scale[:, :, 0], spec)
 
 
 def key_mean(k: Array) -> Array:
@@ -136,7 +161,12 @@ def add_mean(
 
 def _to_query_heads(x: Array, spec: AttentionSpec) -> Array:
     """Repeats `[B, K]` to `[B, N, 1]`."""
-    return jnp.repeat(x, spec.num_heads // spec.num_kv_heads, axis=1)[..., None]
+    return to_query_heads(x, spec)[..., None]
+
+
+def to_query_heads(x: Array, spec: AttentionSpec) -> Array:
+    """Repeats `[B, K, ...]` to `[B, N, ...]`."""
+    return jnp.repeat(x, spec.num_heads // spec.num_kv_heads, axis=1)
 
 
 def _over_group(x: Array, spec: AttentionSpec) -> Array:

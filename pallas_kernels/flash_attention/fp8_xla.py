@@ -28,7 +28,9 @@ from pallas_kernels.flash_attention.fp8 import (
     Statistics,
     exponent_factor,
     heads_last,
+    round_like,
     rows_of,
+    widen,
 )
 from pallas_kernels.flash_attention.masks import dense_mask
 from pallas_kernels.reference import attention_reference
@@ -52,7 +54,7 @@ def fp8_forward(
 ) -> tuple[Array, Statistics]:
     """Implements `fp8_vjp.Kernels.fp8_forward`."""
     padding = -spec.key_length % BLOCK
-    v = _widen(inputs.v) * heads_last(rows_of(inputs.v_scale, spec.key_length))
+    v = widen(inputs.v) * heads_last(rows_of(inputs.v_scale, spec.key_length))
     v = _heads_first(_pad(v, padding))
 
     def chunk(first: Array, q: Any, ids: Array | None) -> tuple[Array, Array, Array]:
@@ -87,13 +89,13 @@ def fp8_backward(
     spec: AttentionSpec,
 ) -> tuple[Array, Array, Array]:
     """Implements `fp8_vjp.Kernels.fp8_backward`."""
-    k, v = (_heads_first(_widen(x)) for x in (gradients.k_rows, inputs.v))
+    k, v = (_heads_first(widen(x)) for x in (gradients.k_rows, inputs.v))
     slope = rows_of(gradients.slope, spec.key_length)[:, :, None, None, :]
     rows = [x.transpose(0, 2, 1) for x in (gradients.offset, gradients.delta)]
 
     def chunk(first: Array, operands: Any, ids: Array | None) -> tuple[Array, Array, Array]:
         q, dout, dout_rows, q_rows, offset, delta = operands
-        dout, dout_rows, q_rows = (_group(_widen(x), spec) for x in (dout, dout_rows, q_rows))
+        dout, dout_rows, q_rows = (_group(widen(x), spec) for x in (dout, dout_rows, q_rows))
         offset, delta = (_group(x[..., None], spec) for x in (offset, delta))
         x = _masked_logits(inputs, q, first, ids, kv_segment_ids, spec)
         p = jnp.exp2(x - offset)
@@ -151,22 +153,26 @@ def bf16_backward(
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _queries(inputs: Inputs, spec: AttentionSpec) -> tuple[Array, Array]:
-    """q8, and its factor c / k_scale for each row, `[B, T, N]`."""
-    return inputs.q, rows_of(exponent_factor(inputs, spec), spec.query_length).transpose(0, 2, 1)
+def _queries(inputs: Inputs, spec: AttentionSpec) -> tuple[Array, Array, Array | None]:
+    """q8, and for each row, `[B, T, N]`, the factor c / k_scale and `Inputs.first_key`."""
+    factor = rows_of(exponent_factor(inputs, spec), spec.query_length).transpose(0, 2, 1)
+    first_key = inputs.first_key
+    return inputs.q, factor, None if first_key is None else first_key.transpose(0, 2, 1)
 
 
 def _masked_logits(
     inputs: Inputs,
-    queries: tuple[Array, Array],
+    queries: tuple[Array, Array, Array | None],
     first: Array,
     q_ids: Array | None,
     kv_ids: Array | None,
     spec: AttentionSpec,
 ) -> Array:
     """x of some queries, `[B, K, G, T, S]`, -inf where masked."""
-    q, factor = queries
-    s = _dot("bkgth,bksh->bkgts", _group(_widen(q), spec), _heads_first(_widen(inputs.k)))
+    q, factor, first_key = queries
+    s = _dot("bkgth,bksh->bkgts", _group(widen(q), spec), _heads_first(widen(inputs.k)))
+    if first_key is not None:
+        s = s.at[..., 0].set(_group(first_key[..., None], spec)[..., 0])
     s *= _group(factor[..., None], spec)
     s *= rows_of(inputs.k_scale, spec.key_length)[:, :, None, None, :]
     positions = jnp.arange(q.shape[1], dtype=jnp.int32) + first
@@ -214,21 +220,6 @@ def _over_chunks(
         return x.reshape(x.shape[0], count * size, *x.shape[3:])[:, : spec.query_length]
 
     return *(join(x) for x in parts), *sums
-
-
-def round_like(x: Array, dtype: Any) -> Array:
-    """Rounds float32 to the nearest number of an 8-bit `dtype`, ties to even; saturates."""
-    info = jnp.finfo(dtype)
-    x = jnp.clip(x, -float(info.max), float(info.max))
-    normal = lax.reduce_precision(x, 8, info.nmant)
-    unit = float(info.smallest_subnormal)
-    subnormal = jnp.round(x * (1 / unit)) * unit
-    return jnp.where(jnp.abs(x) < float(info.tiny), subnormal, normal)
-
-
-def _widen(x: Array) -> Array:
-    """Converts 8 bits to float32; rounds again, in case that XLA dropped the first time."""
-    return round_like(x.astype(_F32), x.dtype)
 
 
 def _dot(equation: str, lhs: Array, rhs: Array) -> Array:

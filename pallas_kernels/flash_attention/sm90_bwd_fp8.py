@@ -61,6 +61,7 @@ from pallas_kernels.mosaic import (
     keep_columns,
     keep_equal,
     launcher,
+    set_first_row,
     store_transposed_8_bits,
 )
 
@@ -273,11 +274,18 @@ def _probabilities(
         x = plgpu.load(scratch.rows.at[slot, i], layout=PER_COLUMN)
         return lax.broadcast_in_dim(x, (ROWS, BLOCK_Q), [1])
 
+    def corrected(s: Array) -> Array:
+        first_key = plgpu.load(scratch.rows.at[slot, 3], layout=PER_COLUMN)
+        return set_first_row(s, first_key, interpret=tile.plan.interpret)
+
     def products(s_acc: Any, dp_acc: Any) -> tuple[Array, Array]:
         plgpu.wgmma(s_acc, scratch.k.at[keys], scratch.q.at[slot].transpose((1, 0)))
         plgpu.wgmma(dp_acc, scratch.v.at[keys], scratch.dout.at[slot].transpose((1, 0)))
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
         s = _mask(tile, kv_ids, block, slot, s)
+        if tile.plan.spec.fp8.exact_first_key:
+            has_it = (tile.kv_tile == 0) & (lax.axis_index("wg") == 0)
+            s = lax.cond(has_it, functools.partial(corrected, s), lambda: s)
         return jnp.exp2(s * factor - column(0)), dp_acc[...]
 
     plgpu.barrier_wait(scratch.rows_full.at[slot])

@@ -70,6 +70,11 @@ class Plan:
         return self.spec.batch_size * self.spec.num_heads * self.num_q_blocks + 1
 
     @property
+    def num_rows(self) -> int:
+        """Numbers of each query."""
+        return 3 + self.spec.fp8.exact_first_key
+
+    @property
     def operands(self) -> tuple[str, ...]:
         """Names of the `Inputs` that there are."""
         absent = set()
@@ -97,7 +102,8 @@ class Inputs(NamedTuple):
     q_t: Any  # [B, N, H, T]: q 2^(R - E - t), in the order of permute_16
     dout_t: Any  # [B, N, H, T]: dO 2^-E, in the order of permute_16
     k_t: Any  # [B, K, H, S], in the order of permute_28
-    rows: Any  # [B, N, T / BLOCK_Q, 3, BLOCK_Q], float32: offset, delta, c / k_scale
+    # [B, N, T / BLOCK_Q, num_rows, BLOCK_Q], float32: offset, delta, c / k_scale (, first_key)
+    rows: Any
     scalars: Any  # [B, K, num_kv_tiles, 4], float32: `Scalars`
     block_ranges: Any  # [B or 1, num_kv_tiles, 4], int32: `BlockRange` of query blocks
     matrix: Any = None  # [H, H], spec.dtype: M^T, or None
@@ -125,7 +131,7 @@ class Scratch(NamedTuple):
     dout: Any  # [num_stages, BLOCK_Q, H]
     q_t: Any  # [num_stages, H, BLOCK_Q]
     dout_t: Any  # [num_stages, H, BLOCK_Q]
-    rows: Any  # [num_stages, 3, BLOCK_Q], float32
+    rows: Any  # [num_stages, num_rows, BLOCK_Q], float32
     q_ids: Any  # [num_stages, BLOCK_Q], int32, or None
     ds: Any  # [2, BLOCK_Q, ROWS]: dS of each warpgroup, as bytes and as units of 16 bits
     staging: Any  # what leaves: dQ [2, BLOCK_Q, dq_columns], float32, or dK, dV [2, ROWS, H]
@@ -164,7 +170,7 @@ def scratch_types(plan: Plan) -> Scratch:
         dout=tile((stages, BLOCK_Q, h), plan.gradient_dtype),
         q_t=tile((stages, h, BLOCK_Q)),
         dout_t=tile((stages, h, BLOCK_Q), plan.gradient_dtype),
-        rows=plgpu.SMEM((stages, 3, BLOCK_Q), jnp.float32),
+        rows=plgpu.SMEM((stages, plan.num_rows, BLOCK_Q), jnp.float32),
         q_ids=plgpu.SMEM((stages, BLOCK_Q), jnp.int32) if has_segments else None,
         ds=ds if plan.interpret else plgpu.RefUnion((units,), (ds,)),
         # The interpreter knows no unions; it adds to dQ without staging.

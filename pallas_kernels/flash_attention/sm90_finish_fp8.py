@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.sm90_columns_fp8 import smem_tile
-from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS
+from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher
 
 _STAGES = 2
 _CTAS_PER_SM = 2
@@ -138,6 +138,7 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+@launcher("dtype", "sm_count", "interpret")
 def scale_and_rotate(
     x: Array, factor: Array, matrix: Array, *, dtype: Any, sm_count: int, interpret: bool = False
 ) -> Array:

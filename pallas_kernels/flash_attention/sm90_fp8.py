@@ -82,11 +82,15 @@ def quantize_inputs(
     run = functools.partial(
         sm90_quantize_fp8.quantize, sm_count=sm90.sm_count(), interpret=interpret
     )
-    q_parts = run(q, matrix, None, writes_columns=False)
+    first = None
+    if spec.fp8.exact_first_key:
+        first = fp8_quantize.first_key_of(k, mean)
+        first = fp8_quantize.to_query_heads(fp8.rotate(first) if spec.fp8.rotate else first, spec)
+    q_parts = run(q, matrix, None, first, writes_columns=False)
     k_parts = run(k, matrix, rotated_mean, writes_columns=False)
     v_parts = run(v, None, None, writes_columns=True)
     assert v_parts.norm is not None, "asked for by writes_columns"
-    return fp8.Inputs(
+    inputs = fp8.Inputs(
         q=q_parts.rows,
         k=k_parts.rows,
         v=v_parts.rows,
@@ -97,6 +101,10 @@ def quantize_inputs(
         key_mean=mean,
         v_columns=v_parts.columns,
     )
+    if q_parts.products is None:
+        return inputs
+    first_key = q_parts.products / fp8_quantize.first_key_scale(inputs, spec)
+    return inputs._replace(first_key=first_key)
 
 
 def fp8_forward(
@@ -150,6 +158,7 @@ def forward_operands(
         fp8.exponent_factor(inputs, plan.spec),
         sm90_fwd_fp8.block_scales(inputs.k_scale, inputs.v_scale, plan),
         inputs.v_scale,
+        _first_key(inputs, plan.padded_query_length),
         segments,
     )
 
@@ -203,17 +212,14 @@ def backward_operands(
     queries = functools.partial(_pad, length=length)
     keys = functools.partial(_pad, length=key_length)
     dout, q_t, dout_t, k_t = _backward_factors(inputs, gradients, plan)
-    rows = jnp.stack(
-        [
-            _pad_rows(x, length, value)
-            for x, value in (
-                (gradients.offset, fp8.NO_ROW),
-                (gradients.delta, 0.0),
-                (fp8.rows_of(fp8.exponent_factor(inputs, plan.spec), plan.spec.query_length), 0.0),
-            )
-        ],
-        axis=2,
-    )
+    factor = fp8.rows_of(fp8.exponent_factor(inputs, plan.spec), plan.spec.query_length)
+    rows = [
+        _pad_rows(gradients.offset, length, fp8.NO_ROW),
+        _pad_rows(gradients.delta, length, 0.0),
+        _pad_rows(factor, length, 0.0),
+    ]
+    first_key = _first_key(inputs, length)
+    rows = jnp.stack(rows if first_key is None else [*rows, first_key], axis=2)
     rows = rows.reshape(*rows.shape[:3], -1, sm90_bwd_fp8_plan.BLOCK_Q).swapaxes(2, 3)
     scalars = sm90_bwd_fp8_plan.Scalars(
         inputs.k_scale,
@@ -242,6 +248,12 @@ def backward_operands(
         kv_ids=ids[1],
         turns=turns_of(plan, ranges) if plan.takes_turns else None,
     )
+
+
+def _first_key(inputs: fp8.Inputs, length: int) -> Array | None:
+    """`Inputs.first_key`, padded."""
+    first_key = inputs.first_key
+    return None if first_key is None else _pad_rows(first_key, length, 0.0)
 
 
 def _backward_factors(

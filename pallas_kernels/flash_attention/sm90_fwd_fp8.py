@@ -64,6 +64,7 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
     Scratch,
     Tile,
     block_range_of,
+    divmod_int32,
     tile_of,
 )
 from pallas_kernels.mosaic import (
@@ -73,6 +74,7 @@ from pallas_kernels.mosaic import (
     accumulator_as_8_bit_operand,
     launcher,
     partial_row_sums,
+    set_first_column,
     total_row_sums,
 )
 
@@ -80,6 +82,13 @@ _MAX_PROMOTED_HEAD_DIM = 128
 """A wider O has no room for a second accumulator: P V is then added on the tensor cores."""
 _LOWEST = -1e30
 """Reference of a row that has seen no key: below every logit, but finite."""
+
+
+class _Queries(NamedTuple):
+    """Numbers of ROWS queries."""
+
+    factor: Array  # c / k_scale
+    first_key: Array | None  # [ROWS]: product with key 0, to be exact
 
 
 class _State(NamedTuple):
@@ -111,9 +120,15 @@ def _compute(plan: Plan, inputs: Inputs, outputs: tuple[Any, ...], scratch: Scra
         if plan.spec.has_segments:
             ids = inputs.q_ids.at[tile.batch, pl.ds(first_query, ROWS)]
             q_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
+        first_key = None
+        if inputs.first_key is not None:
+            source = inputs.first_key.at[tile.batch, tile.head, pl.ds(first_query, ROWS)]
+            first_key = plgpu.load(source, layout=PER_ROW, optimized=False)
         factor = inputs.factor[tile.batch, tile.head, lax.div(first_query, jnp.int32(BLOCK))]
         plgpu.barrier_wait(scratch.q_full)
-        state = _attend(Loop(plan, scratch, blocks, first_query, step, q_ids), factor)
+        state = _attend(
+            Loop(plan, scratch, blocks, first_query, step, q_ids), _Queries(factor, first_key)
+        )
         tile = tile_of(plan, index())
         v_scale = inputs.v_scale[tile.batch, _kv_head(plan, tile), _scale_block(plan, blocks.start)]
         _store(plan, outputs, scratch, tile, v_scale, state)
@@ -135,7 +150,7 @@ def _scale_block(plan: Plan, block: Array) -> Array:
     return lax.div(block, jnp.int32(BLOCK // plan.config.block_kv))
 
 
-def _attend(loop: Loop, factor: Array) -> _State:
+def _attend(loop: Loop, queries: _Queries) -> _State:
     """Runs the loop over key blocks for ROWS queries."""
     plan = loop.plan
     zeros = jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32)
@@ -146,17 +161,17 @@ def _attend(loop: Loop, factor: Array) -> _State:
         row_constant(0.0, jnp.float32),
     )
     if not plan.config.ping_pong:
-        state = for_each_block(loop, functools.partial(_block, loop, factor), state, first=0)
+        state = for_each_block(loop, functools.partial(_block, loop, queries), state, first=0)
         _free_q(loop)
         return state
     first = jnp.int32(0)
     wait_for_k(loop, first)
     take_turn(plan, loop.scratch)
     logits = _first_logits(loop)
-    step = functools.partial(_block_in_turn, loop, factor)
+    step = functools.partial(_block_in_turn, loop, queries)
     state, logits = lax.fori_loop(0, loop.num_blocks - 1, step, (state, logits))
     last = loop.num_blocks - 1
-    p, decay, state = _softmax(loop, factor, last, mask(loop, last, logits), state)
+    p, decay, state = _softmax(loop, queries, last, mask(loop, last, logits), state)
     _free_q(loop)
     plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(last)])
     return state._replace(out=_add_pv(loop, last, p, decay, state.out))
@@ -169,7 +184,7 @@ def _free_q(loop: Loop) -> None:
     plgpu.barrier_arrive(loop.scratch.q_free)
 
 
-def _block(loop: Loop, factor: Array, may_be_masked: bool, j: Array, state: _State) -> _State:
+def _block(loop: Loop, queries: _Queries, may_be_masked: bool, j: Array, state: _State) -> _State:
     """Adds block j."""
     plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
 
@@ -179,7 +194,7 @@ def _block(loop: Loop, factor: Array, may_be_masked: bool, j: Array, state: _Sta
 
     logits = pl.run_scoped(product, logits_type(loop.plan))
     logits = mask(loop, j, logits) if may_be_masked else logits
-    p, decay, state = _softmax(loop, factor, j, logits, state)
+    p, decay, state = _softmax(loop, queries, j, logits, state)
     # This wait also keeps ptxas from mixing the softmax with what follows, and spilling.
     plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(j)])
     return state._replace(out=_add_pv(loop, j, p, decay, state.out))
@@ -197,12 +212,12 @@ def _first_logits(loop: Loop) -> Array:
 
 
 def _block_in_turn(
-    loop: Loop, factor: Array, j: Array, carry: tuple[_State, Array]
+    loop: Loop, queries: _Queries, j: Array, carry: tuple[_State, Array]
 ) -> tuple[_State, Array]:
     """Adds block j, whose logits are given, and computes those of block j + 1."""
     plan, scratch = loop.plan, loop.scratch
     state, logits = carry
-    p, decay, state = _softmax(loop, factor, j, mask(loop, j, logits), state)
+    p, decay, state = _softmax(loop, queries, j, mask(loop, j, logits), state)
     plgpu.barrier_wait(scratch.v_full.at[loop.stage(j)])
     plgpu.barrier_wait(scratch.k_full.at[loop.stage(j + 1)])
     take_turn(plan, scratch)
@@ -257,13 +272,18 @@ def _add_pv(loop: Loop, j: Array, p: Array, decay: Array, out: Array) -> Array:
 
 
 def _softmax(
-    loop: Loop, factor: Array, j: Array, logits: Array, state: _State
+    loop: Loop, queries: _Queries, j: Array, logits: Array, state: _State
 ) -> tuple[Array, Array, _State]:
     """Returns P of block j's masked logits in 8 bits, the factor on O, and the state but for O."""
     # The products have read the block's keys, the mask its segment ids.
     plgpu.barrier_arrive(loop.scratch.k_free.at[loop.stage(j)])
     block = loop.blocks.stop - 1 - j
-    factor *= loop.scratch.scales[0, block]
+    scale_index = divmod_int32(block, loop.plan.scales_shape[2])
+    factor = queries.factor * loop.scratch.scales[0, *scale_index]
+    if queries.first_key is not None:
+        is_first = row_constant(block, jnp.int32) == 0
+        known = jnp.where(is_first, queries.first_key, NEG_INF)
+        logits = set_first_column(logits, known, interpret=loop.plan.interpret)
     local = logits.max(axis=1) * factor
     top = jnp.maximum(state.top, local)
     reference = jnp.maximum(local, top - MAX_RISE) - float(P_BITS)
@@ -272,7 +292,7 @@ def _softmax(
     decay = jnp.exp2(state.reference - reference)
     p = jnp.exp2(logits * factor - spread_rows(reference, logits.shape))
     row_sum = state.row_sum * decay + partial_row_sums(p, interpret=loop.plan.interpret)
-    decay *= loop.scratch.scales[1, block]
+    decay *= loop.scratch.scales[1, *scale_index]
     operand = accumulator_as_8_bit_operand(p, E4M3, interpret=loop.plan.interpret)
     # Converted before the product starts: its registers must not change while it runs.
     operand, reference, top, row_sum, decay = pin(
@@ -318,8 +338,8 @@ def block_scales(k_scale: Array, v_scale: Array, plan: Plan) -> Array:
       plan: gives the number of blocks.
 
     Returns:
-      `[B, K, 2, num_scales]`: k_scale of block j; v_scale of block j + 1, which is met before, over
-      that of block j.
+      `[B, K, *plan.scales_shape]`: k_scale of block j; v_scale of block j + 1, which is met before,
+      over that of block j.
     """
     repeats = BLOCK // plan.config.block_kv
     ratio = jnp.concatenate([v_scale[..., 1:], v_scale[..., -1:]], axis=2) / v_scale
@@ -327,7 +347,9 @@ def block_scales(k_scale: Array, v_scale: Array, plan: Plan) -> Array:
     ones = jnp.ones((*ratio.shape, repeats - 1), ratio.dtype)
     ratio = jnp.concatenate([ones, ratio[..., None]], axis=3).reshape(k_scale.shape)
     scales = jnp.stack([k_scale, ratio], axis=2)
-    return jnp.pad(scales, ((0, 0),) * 3 + ((0, plan.num_scales - scales.shape[3]),))
+    padding = plan.scales_shape[1] * plan.scales_shape[2] - scales.shape[3]
+    scales = jnp.pad(scales, ((0, 0),) * 3 + ((0, padding),))
+    return scales.reshape(*scales.shape[:2], *plan.scales_shape)
 
 
 @launcher("plan")
@@ -338,6 +360,7 @@ def launch(
     factor: Array,
     scales: Array,
     v_scale: Array,
+    first_key: Array | None,
     segments: tuple[Array, Array, Array] | None,
     *,
     plan: Plan,
@@ -351,6 +374,7 @@ def launch(
       factor: `[B, N, T / BLOCK]`, float32: c / k_scale.
       scales: see `block_scales`.
       v_scale: `[B, K, S / BLOCK]`, float32.
+      first_key: `[B, N, padded T]`, float32: what the product with key 0 is to be; or None.
       segments: ids `[B, padded T]` and `[B, padded S]`, and block ranges `[B, num_q_tiles, 4]`, all
         int32; or None.
       plan: shapes, config and device.
@@ -364,7 +388,7 @@ def launch(
     )
     out, lse2, top = launch_forward(
         _compute,
-        (q, k, v_t, factor, scales, v_scale),
+        (q, k, v_t, factor, scales, v_scale, *(() if first_key is None else (first_key,))),
         segments,
         plan=plan,
         out_types=(jax.ShapeDtypeStruct(q.shape, spec.dtype), rows, rows),

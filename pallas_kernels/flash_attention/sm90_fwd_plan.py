@@ -110,12 +110,11 @@ class Plan:
         return make_schedule(self).shape[1]
 
     @property
-    def num_scales(self) -> int:
-        """Blocks of keys with a scale, as TMA copies them: FP8 only."""
-        blocks = pl.cdiv(self.spec.key_length, FP8_BLOCK) * max(
-            1, FP8_BLOCK // self.config.block_kv
-        )
-        return pl.cdiv(blocks, _TMA_INTS) * _TMA_INTS
+    def scales_shape(self) -> tuple[int, int, int]:
+        """Of two numbers for each block of keys, as TMA copies them: FP8 only."""
+        repeats = max(1, FP8_BLOCK // self.config.block_kv)
+        blocks = pl.cdiv(self.spec.key_length, FP8_BLOCK) * repeats
+        return 2, pl.cdiv(blocks, _TMA_INTS), _TMA_INTS
 
     @property
     def padded_query_length(self) -> int:
@@ -136,7 +135,7 @@ class Scratch(NamedTuple):
     v: Any  # [num_stages, block_kv, H]; in FP8 [num_stages, H, block_kv]
     out: Any  # [tile_q, H], or None
     kv_ids: Any  # [num_stages, block_kv], int32, or None
-    scales: Any  # [2, num_scales], float32: of each block of keys; FP8 only
+    scales: Any  # scales_shape, float32: of each block of keys; FP8 only
     p: Any  # [C, ROWS, block_kv], interpreter only: the A operand of P V
     q_full: Any  # TMA -> compute: Q (and the scales) have arrived
     k_full: Any  # TMA -> compute, one per stage: K (and its segment ids)
@@ -173,7 +172,7 @@ def scratch_types(plan: Plan) -> Scratch:
         v=tile((stages, *v_shape)),
         out=None if config.reuse_q_smem else tile((plan.tile_q, spec.head_dim), spec.dtype),
         kv_ids=plgpu.SMEM((stages, block_kv), jnp.int32) if spec.has_segments else None,
-        scales=plgpu.SMEM((2, plan.num_scales), jnp.float32) if is_fp8 else None,
+        scales=plgpu.SMEM(plan.scales_shape, jnp.float32) if is_fp8 else None,
         p=tile((wgs, ROWS, block_kv)) if plan.interpret else None,
         q_full=plgpu.Barrier(num_arrivals=1 + is_fp8),
         k_full=plgpu.Barrier(num_arrivals=1 + spec.has_segments, num_barriers=stages),
@@ -207,8 +206,9 @@ class Inputs(NamedTuple):
     block_ranges: Any  # [B, num_q_tiles, 4], int32, or None: see `BlockRange`
     schedule: Any  # [num_ctas, slots], int32, or None: see `make_schedule`
     factor: Any = None  # [B, N, T / BLOCK], float32, FP8 only: c / k_scale of `fp8`
-    scales: Any = None  # [B, K, 2, num_scales], float32, FP8 only: `sm90_fwd_fp8.block_scales`
+    scales: Any = None  # [B, K, *scales_shape], float32, FP8 only: `sm90_fwd_fp8.block_scales`
     v_scale: Any = None  # [B, K, S / BLOCK], float32, FP8 only
+    first_key: Any = None  # [B, N, padded T], float32, or None; FP8 only
 
 
 @functools.lru_cache(maxsize=64)

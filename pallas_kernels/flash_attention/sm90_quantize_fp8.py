@@ -3,7 +3,8 @@
 For each block of 128 rows x `[128, H]` of a head, with M, m and s of `fp8`:
   y = x M - m   (M and m are optional; the product on the tensor cores, in float32)
   s = the power of two with max |y| / s just below 448,   rows = round8(y / s)
-and optionally columns = rows^T in the order of `fp8.permute_16`, and the largest |y_i|^2.
+and optionally columns = rows^T in the order of `fp8.permute_16` and the largest |y_i|^2, or the
+products y_i . key with a vector for each head.
 
 A persistent CTA of one warpgroup walks through blocks, two CTAs share an SM:
 
@@ -63,6 +64,8 @@ class Plan:
     """Whether there is m."""
     writes_columns: bool
     """Whether columns and norms are wanted too."""
+    multiplies: bool
+    """Whether there is a key."""
     sm_count: int
     """Streaming multiprocessors of the device."""
     interpret: bool = False
@@ -91,6 +94,7 @@ class Quantized(NamedTuple):
     scale: Array  # [B, heads, blocks], float32
     columns: Array | None  # [B, heads, H, L rounded up to 128], E4M3, zero beyond L
     norm: Array | None  # [B, heads], float32: largest Euclidean length of a row of x
+    products: Array | None  # [B, heads, L], float32: y . key
 
 
 class _Smem(NamedTuple):
@@ -103,6 +107,7 @@ class _Smem(NamedTuple):
     matrix: Any  # [H, H], or None
     mean: Any  # [stages, H], float32, or None
     columns: Any  # `columns_type`, or None
+    key: Any  # [stages, H], float32, or None
 
 
 def _smem_types(plan: Plan) -> _Smem:
@@ -114,11 +119,12 @@ def _smem_types(plan: Plan) -> _Smem:
     return _Smem(
         x=smem_tile((_STAGES, 2, ROWS, h), plan.dtype),
         rows=smem_tile((2, ROWS, h), fp8.E4M3),
-        full=plgpu.Barrier(num_arrivals=2 + plan.centers, num_barriers=_STAGES),
+        full=plgpu.Barrier(num_arrivals=2 + plan.centers + plan.multiplies, num_barriers=_STAGES),
         setup=plgpu.Barrier() if plan.rotates else None,
         matrix=smem_tile((h, h), plan.dtype) if plan.rotates else None,
         mean=plgpu.SMEM((_STAGES, h), jnp.float32) if plan.centers else None,
         columns=columns,
+        key=plgpu.SMEM((_STAGES, h), jnp.float32) if plan.multiplies else None,
     )
 
 
@@ -133,6 +139,8 @@ class _Kernel(NamedTuple):
     amax: Any
     columns: Any
     norm: Any
+    key: Any
+    products: Any
     smem: _Smem
 
     def tile(self, i: Array) -> tuple[Array, Array, Array]:
@@ -154,9 +162,10 @@ class _Kernel(NamedTuple):
         full = self.smem.full.at[stage]
         for a in (0, 1):
             plgpu.copy_gmem_to_smem(self.half(self.x, i, a), self.smem.x.at[stage, a], full)
-        if self.plan.centers:
-            batch, head, _ = self.tile(i)
-            plgpu.copy_gmem_to_smem(self.mean.at[batch, head], self.smem.mean.at[stage], full)
+        batch, head, _ = self.tile(i)
+        for source, target in ((self.mean, self.smem.mean), (self.key, self.smem.key)):
+            if source is not None:
+                plgpu.copy_gmem_to_smem(source.at[batch, head], target.at[stage], full)
 
     def half_values(self, x: Any, stage: Array) -> Array:
         """y of half a block, `[ROWS, H]`, float32."""
@@ -173,6 +182,15 @@ class _Kernel(NamedTuple):
             mean = plgpu.load(self.smem.mean.at[stage], layout=PER_COLUMN)
             y -= lax.broadcast_in_dim(mean, y.shape, [1])
         return y
+
+    def multiply(self, i: Array, stage: Array, halves: tuple[Array, Array]) -> None:
+        """Writes the products with the key."""
+        batch, head, block = self.tile(i)
+        key = plgpu.load(self.smem.key.at[stage], layout=PER_COLUMN)
+        for a, y in enumerate(halves):
+            rows = pl.ds(block * TILE_ROWS + a * ROWS, ROWS)
+            products = jnp.sum(y * lax.broadcast_in_dim(key, y.shape, [1]), axis=1)
+            self.products.at[batch, head, rows][...] = products
 
     def store(self, i: Array, halves: tuple[Array, Array]) -> None:
         """Rounds a block and starts its TMA stores."""
@@ -216,9 +234,12 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     x = queue.pop(0)
     matrix = queue.pop(0) if plan.rotates else None
     mean = queue.pop(0) if plan.centers else None
-    rows, amax, columns, norm = (*queue, None, None)[:4]
+    key = queue.pop(0) if plan.multiplies else None
+    rows, amax = queue[:2]
+    columns, norm = queue[2:4] if plan.writes_columns else (None, None)
+    products = queue[-1] if plan.multiplies else None
     smem = _Smem(**{name: smem_refs.get(name) for name in _Smem._fields})
-    kernel = _Kernel(plan, x, matrix, mean, rows, amax, columns, norm, smem)
+    kernel = _Kernel(plan, x, matrix, mean, rows, amax, columns, norm, key, products, smem)
     rest = plan.num_tiles - lax.axis_index("cta") + (plan.num_ctas - 1)
     count = lax.div(rest, jnp.int32(plan.num_ctas))
     if matrix is not None:
@@ -232,7 +253,10 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
         stage = lax.rem(i, jnp.int32(_STAGES))
         plgpu.barrier_wait(smem.full.at[stage])
         x = smem.x.at[stage]
-        kernel.store(i, (kernel.half_values(x.at[0], stage), kernel.half_values(x.at[1], stage)))
+        halves = kernel.half_values(x.at[0], stage), kernel.half_values(x.at[1], stage)
+        if plan.multiplies:
+            kernel.multiply(i, stage, halves)
+        kernel.store(i, halves)
         pl.when(i + _STAGES < count)(lambda: kernel.load(i + _STAGES, stage))
 
     lax.fori_loop(0, count, step, None)
@@ -244,6 +268,7 @@ def quantize(
     x: Array,
     matrix: Array | None,
     mean: Array | None,
+    key: Array | None = None,
     *,
     writes_columns: bool,
     sm_count: int,
@@ -256,13 +281,15 @@ def quantize(
       matrix: M, `[H, H]`, like x; or None for no rotation.
       mean: m M, or m without a rotation, `[B, heads, H]`, float32; or None for 0. The last block's
         scale takes rows beyond L for -m.
+      key: `[B, heads, H]`, float32, to be multiplied with y; or None, as it must be with columns.
       writes_columns: whether columns and norms are wanted.
       sm_count: streaming multiprocessors of the device.
       interpret: run in the CPU interpreter.
 
     Returns:
-      The results; columns and norm are None unless asked for.
+      The results; columns, norm and products are None unless asked for.
     """
+    assert key is None or not writes_columns, "rows are in order only without columns"
     batch, length, heads, h = x.shape
     padding = -length % 16  # whole groups of the permutation
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
@@ -272,6 +299,7 @@ def quantize(
         rotates=matrix is not None,
         centers=mean is not None,
         writes_columns=writes_columns,
+        multiplies=key is not None,
         sm_count=sm_count,
         interpret=interpret,
     )
@@ -281,6 +309,9 @@ def quantize(
     if writes_columns:
         columns = (batch, heads, h, plan.num_blocks * TILE_ROWS)
         out_type += [jax.ShapeDtypeStruct(columns, fp8.E4M3), per_block]
+    if key is not None:
+        rows_type = (batch, heads, plan.num_blocks * TILE_ROWS)
+        out_type.append(jax.ShapeDtypeStruct(rows_type, jnp.float32))
     rows, amax, *others = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=tuple(out_type),
@@ -290,8 +321,10 @@ def quantize(
         kernel_name="fp8_quantize_blocks",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(x.reshape(view), *(a for a in (matrix, mean) if a is not None))
+    )(x.reshape(view), *(a for a in (matrix, mean, key) if a is not None))
+    products = None if key is None else others.pop()[:, :, :length]
     columns, norm = others or (None, None)
     norm = None if norm is None else jnp.sqrt(norm.max(axis=2))
     scale = fp8.scale_of(amax, E4M3_MAX, fp8.MIN_SCALE)
-    return Quantized(rows.reshape(x.shape)[:, :length], scale, columns, norm)
+    rows = rows.reshape(x.shape)[:, :length]
+    return Quantized(rows, scale, columns, norm, products)

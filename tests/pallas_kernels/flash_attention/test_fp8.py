@@ -110,6 +110,24 @@ def test_a_sink_does_not_flush_the_other_probabilities():
     assert relative(out, exact(case, False, q, k, v, dout)[0]) <= 0.03
 
 
+def test_a_sink_at_the_first_key_has_the_logit_that_q_and_k_say():
+    """As above, but nothing has 8 bits; the sink's logit is 8."""
+    q, k, v, dout = normal(512)
+    q = q.at[..., 0].set(1.0)
+    k = k.at[..., 0].set(0.0).at[:, 0].set(0.0).at[:, 0, :, 0].set(8 * 128**0.5)
+    v = v.at[:, 0].multiply(0.0625)
+    case = Case(name="x", b=1, t=512, s=512, n=2, k=2, h=128)
+    want, want_grads = exact(case, False, q, k, v, dout)
+
+    def errors(options):
+        (out, _), grads = run(case, options, q, k, v, dout, jnp.zeros(q.shape[:3]))
+        return relative(out, want), relative(grads[0], want_grads[0])
+
+    out, dq = errors(Fp8Options())
+    assert out <= RELATIVE_ERROR and dq <= GRADIENT_ERROR
+    assert errors(Fp8Options(exact_first_key=False))[0] > 1.5 * RELATIVE_ERROR
+
+
 # The band and the documents are `dense_mask`'s, tested in test_xla.
 FEATURES = [
     c
@@ -189,9 +207,9 @@ def test_rounding_in_float32_has_every_bit_of_the_conversion(dtype):
     x = np.concatenate([x, every, ties, [1e30, -1e30]]).astype(np.float32)
     largest = float(ml_dtypes.finfo(dtype).max)
     want = np.clip(x, -largest, largest).astype(dtype).astype(np.float32)
-    got = jax.jit(fp8_xla.round_like, static_argnums=1)(x, dtype)
+    got = jax.jit(fp8.round_like, static_argnums=1)(x, dtype)
     np.testing.assert_array_equal(got, want)
-    assert np.isnan(fp8_xla.round_like(jnp.float32(np.nan), dtype))
+    assert np.isnan(fp8.round_like(jnp.float32(np.nan), dtype))
 
 
 @pytest.mark.parametrize("amax", [448.0, 449.0, 1.0, 0.75, 1e-30, 3e30])

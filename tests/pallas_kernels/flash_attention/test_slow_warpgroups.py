@@ -57,6 +57,17 @@ def test_backward(late_warpgroup):
         assert np.abs(np.asarray(x, np.float64) - want).max() <= 2.0**-6 * np.abs(want).max(), name
 
 
+def test_fp8_forward(late_warpgroup):
+    q, k, v, *_ = CASE.arrays(jnp.bfloat16)
+    spec = test_sm90_fp8_forward.spec_of(CASE)
+    config = ForwardConfig(block_kv=64, compute_warpgroups=2, overlap=False)
+    inputs = jax.jit(lambda *qkv: fp8_quantize.quantize_inputs(*qkv, spec))(q, k, v)
+    out, _ = sm90_fp8.fp8_forward(inputs, None, None, spec, config=config, interpret=True)
+    want = CASE.expected(q, k, v).out
+    # Two of 8 bits, and the probabilities.
+    assert np.linalg.norm(np.asarray(out, np.float64) - want) <= 0.06 * np.linalg.norm(want)
+
+
 def test_fp8_backward(late_warpgroup):
     q, k, v, dout, dlse = CASE.arrays(jnp.bfloat16)
     spec = test_sm90_fp8_forward.spec_of(CASE, deterministic=True)

@@ -1,5 +1,7 @@
 """The sm_90a FP8 forward kernel: interpreted against float64 and its twin in XLA, and compiled."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,15 @@ def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
         report = ptxas_report(forward, inputs, *ids)
     assert report.spilled_bytes == 0, report.text
     assert not report.serialised_wgmmas, report.text
+
+
+def test_lowers_for_many_keys():
+    """TMA copies at most 256 elements along an axis: of the scales of all blocks, too."""
+    x = jax.ShapeDtypeStruct((1, 131072, 1, 128), jnp.bfloat16)
+    attend = functools.partial(flash_attention, precision="fp8", implementation="mosaic")
+    with hardware.assume_device_kind("NVIDIA H200"):
+        traced = jax.jit(functools.partial(attend, is_causal=True)).trace(x, x, x)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_every_candidate_is_accepted_or_has_a_reason():

@@ -30,6 +30,7 @@ class Case:
     rotates: bool = False
     centers: bool = False
     writes_columns: bool = False
+    multiplies: bool = False
 
     def __str__(self):
         return self.name
@@ -46,18 +47,20 @@ class Case:
             jnp.asarray(x, self.dtype),
             None if matrix is None else jnp.asarray(matrix, self.dtype),
             None if mean is None else jnp.asarray(mean, jnp.float32),
+            jnp.asarray(rng.standard_normal((2, 2, self.h)), jnp.float32)
+            if self.multiplies
+            else None,
         )
 
     def shapes(self):
-        x, matrix, mean = self.arguments()
+        x, matrix, *vectors = self.arguments()
         big = jax.ShapeDtypeStruct((2, 8192, 16, self.h), x.dtype)
-        if mean is not None:
-            mean = jax.ShapeDtypeStruct((2, 16, self.h), mean.dtype)
-        return big, matrix, mean
+        vector = jax.ShapeDtypeStruct((2, 16, self.h), jnp.float32)
+        return big, matrix, *(None if v is None else vector for v in vectors)
 
 
 CASES = [
-    Case(name="q", length=300, h=128, rotates=True),
+    Case(name="q", length=300, h=128, rotates=True, multiplies=True),
     Case(name="k", length=256, h=128, rotates=True, centers=True),
     Case(name="k_plain", length=130, h=64, centers=True, dtype="float16"),
     Case(name="v", length=200, h=64, writes_columns=True),
@@ -65,8 +68,8 @@ CASES = [
 ]
 
 
-def expected(case, x, matrix, mean):
-    """Returns y and its scales, float64."""
+def expected(case, x, matrix, mean, key):
+    """Returns y, its scales and its products with the key, float64."""
     y = np.asarray(x, np.float64)
     if matrix is not None:
         y = y @ np.asarray(matrix, np.float64)
@@ -74,10 +77,13 @@ def expected(case, x, matrix, mean):
     if mean is not None:
         y, padded = (a - np.asarray(mean, np.float64)[:, None] for a in (y, padded))
     amax = np.abs(padded.reshape(2, -1, 128, 2, case.h)).max(axis=(2, 4)).swapaxes(1, 2)
-    return y, np.exp2(np.maximum(np.ceil(np.log2(amax / 448)), -40))
+    scale = np.exp2(np.maximum(np.ceil(np.log2(amax / 448)), -40))
+    if key is None:
+        return y, scale, None
+    return y, scale, np.einsum("blnh,bnh->bnl", y, np.asarray(key, np.float64))
 
 
-def check(case, result, y, scale):
+def check(case, result, y, scale, products):
     """Holds a result against float64: every bit but where float32 sums fall on the other side."""
     np.testing.assert_array_equal(result.scale, scale)
     factor = scale.repeat(128, axis=2)[:, :, : case.length].transpose(0, 2, 1)[..., None]
@@ -88,6 +94,9 @@ def check(case, result, y, scale):
     got = rows.astype(np.float64)
     # Half a unit of 3 bits, or of the subnormal numbers.
     assert np.all(np.abs(got - y / factor) <= np.maximum(np.abs(y / factor) / 16, 2**-10) * 1.001)
+    if case.multiplies:
+        bound = 1e-5 * np.linalg.norm(y, axis=3).transpose(0, 2, 1) * case.h**0.5
+        assert np.all(np.abs(np.asarray(result.products) - products) <= bound)
     if not case.writes_columns:
         assert result.columns is None and result.norm is None
         return
