@@ -231,23 +231,29 @@ def config_for(m: int, n: int, k: int, out_dtype: jax.typing.DTypeLike) -> Matmu
 _TILES: tuple[tuple[int, int, int, Schedule], ...] = (
     # tile_m, tile_n, stages, schedule
     (128, 256, 4, "cooperative"),
-    (128, 256, 3, "cooperative"),
-    (256, 128, 4, "cooperative"),
-    (128, 128, 6, "cooperative"),
     (128, 128, 6, "pingpong"),
+    (256, 128, 4, "cooperative"),
     (64, 256, 4, "pingpong"),
+    (128, 256, 3, "cooperative"),
+    (128, 128, 6, "cooperative"),
 )
 _ORDERS: tuple[tuple[int, int, Literal[0, 1]], ...] = (
     # cluster, group, group_axis
     (1, 8, 0),
+    (2, 8, 0),
     (1, 16, 0),
     (1, 8, 1),
-    (2, 8, 0),
 )
 
 
 def candidates() -> list[MatmulConfig]:
-    """Configs worth timing; `rejection` says which of them a shape cannot use."""
+    """Configs worth timing: every tile, and the first two in every order; then clusters of others.
+
+    `rejection` says which of them a shape cannot use.
+    """
+    chosen = [(tile, _ORDERS[0]) for tile in _TILES]
+    chosen += [(tile, order) for tile in _TILES[:2] for order in _ORDERS[1:]]
+    chosen += [(tile, _ORDERS[1]) for tile in _TILES[2:4]]
     return [
         MatmulConfig(
             tile_m=tile_m,
@@ -258,6 +264,5 @@ def candidates() -> list[MatmulConfig]:
             group=group,
             group_axis=axis,
         )
-        for tile_m, tile_n, stages, schedule in _TILES
-        for cluster, group, axis in _ORDERS
+        for (tile_m, tile_n, stages, schedule), (cluster, group, axis) in chosen
     ]
