@@ -28,6 +28,9 @@ while a matrix product is in flight:
 channels of dK, dV and dQ; both compute S^T and dP^T (7 products instead of 5), and nothing is
 exchanged. dQ leaves in two parts.
 
+In any order, each tile begins with another block of queries: tiles that add to the same part of
+dQ at the same time wait for each other.
+
 Deterministic mode: tiles that add to the same part of dQ take turns in the order of their keys,
 counted in global memory. A tile waits only for tiles with a smaller index, which some CTA has
 begun before; so no cycle of waiting exists as long as all CTAs are resident, which `num_ctas`

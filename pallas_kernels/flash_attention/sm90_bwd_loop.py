@@ -47,12 +47,29 @@ class Loop(NamedTuple):
         return (self.queries.stop - self.queries.start) * self.plan.group
 
     def block(self, step: Array) -> tuple[Array, Array]:
-        """Returns the query head and the block of queries of a step; the last block goes first."""
+        """Returns the query head and the block of queries of a step.
+
+        In a fixed order the last block goes first: all tiles see it, so that they soon follow each
+        other at a distance of one step. In any order each tile begins elsewhere, because tiles
+        that add to the same block at the same time wait for each other: at its own diagonal, or,
+        where all tiles see the same blocks, evenly spread.
+        """
+        start, stop, _, _ = self.queries
+        if self.plan.takes_turns:
+            head, position = self._head_and_position(step, stop - start)
+            return head, stop - 1 - position
+        if self.plan.spec.band.right is None:
+            first = lax.div(self.tile.kv_tile * self.num_steps, jnp.int32(self.plan.num_kv_tiles))
+            step += first
+            step -= jnp.where(step >= self.num_steps, self.num_steps, 0)
+        head, position = self._head_and_position(step, stop - start)
+        return head, start + position
+
+    def _head_and_position(self, step: Array, blocks: Array) -> tuple[Array, Array]:
+        """Returns the query head of a step, and which of the head's blocks it is."""
         if self.plan.group == 1:
-            return self.tile.kv_head, self.queries.stop - 1 - step
-        blocks = self.queries.stop - self.queries.start
-        head = self.tile.kv_head * self.plan.group + lax.div(step, blocks)
-        return head, self.queries.stop - 1 - lax.rem(step, blocks)
+            return self.tile.kv_head, step
+        return self.tile.kv_head * self.plan.group + lax.div(step, blocks), lax.rem(step, blocks)
 
     def q_slot(self, step: Array) -> Array:
         """Returns which buffers hold Q, lse and ids of a step."""

@@ -111,8 +111,8 @@ class Plan:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether tiles add to dQ in a fixed order."""
-        return self.spec.deterministic is not False
+        """Whether tiles add to dQ in a fixed order: if asked to, because that takes 35 % longer."""
+        return self.spec.deterministic is True
 
     @property
     def num_turns(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import flash_attention, hardware
-from pallas_kernels.flash_attention import sm90, sm90_bwd_plan, tuning
+from pallas_kernels.flash_attention import sm90, sm90_bwd_loop, sm90_bwd_plan, tuning
 from pallas_kernels.flash_attention.config import BackwardConfig
 from pallas_kernels.reference import attention_reference
 from tests.pallas_kernels.cases import Case
@@ -41,42 +41,51 @@ def gradients_of_twin(case, arrays):
     return run(q, k, v)
 
 
-def interpreted(case, config, arrays, expected):
+def interpreted(case, config, arrays, expected, deterministic=None):
     """Returns the kernel's gradients, from the oracle's output and log-sum-exp."""
+    spec = dataclasses.replace(spec_of(case), deterministic=deterministic)
     q, k, v, dout, dlse = arrays
     ids = [None if x is None else jnp.asarray(x) for x in case.segment_ids()]
     out, lse = jnp.asarray(expected.out, q.dtype), jnp.asarray(expected.lse, jnp.float32)
-    return sm90.backward(
-        q, k, v, *ids, out, lse, dout, dlse, spec_of(case), config=config, interpret=True
-    )
+    return sm90.backward(q, k, v, *ids, out, lse, dout, dlse, spec, config=config, interpret=True)
 
 
 SPLIT = BackwardConfig(split_channels=True, num_do_stages=1)
-INTERPRETED = [
-    (Case(name="full", b=1, t=128, s=256, n=1, k=1, h=64), BackwardConfig(block_q=128)),
-    (Case(name="causal_gqa", b=1, t=72, s=136, n=2, k=1, h=128, is_causal=True), BackwardConfig()),
+CAUSAL_GQA = Case(name="causal_gqa", b=1, t=72, s=136, n=2, k=1, h=128, is_causal=True)
+INTERPRETED = [  # case, config, deterministic
+    (Case(name="full", b=1, t=128, s=256, n=1, k=1, h=64), BackwardConfig(block_q=128), True),
+    (Case(name="full_gqa", b=1, t=200, s=256, n=2, k=1, h=64), BackwardConfig(), None),
+    (CAUSAL_GQA, BackwardConfig(), True),
+    (CAUSAL_GQA, BackwardConfig(), None),
     (
         Case(name="window_t_over_s", b=1, t=200, s=70, n=1, k=1, h=128, window=(50, 20)),
         BackwardConfig(overlap=False),
+        None,
     ),
     (
         Case(name="padded", b=2, t=130, s=130, n=1, k=1, h=128, segments="padded"),
         BackwardConfig(num_q_stages=3),
+        True,
     ),
     (
         Case(name="split", b=1, t=65, s=128, n=1, k=1, h=256, is_causal=True, segments="packed"),
         SPLIT,
+        True,
     ),
 ]
 
 
-@pytest.mark.parametrize(("case", "config"), INTERPRETED, ids=[str(c) for c, _ in INTERPRETED])
-def test_interpreted_kernel_is_right_and_free_of_races(case, config, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "config", "deterministic"),
+    INTERPRETED,
+    ids=[f"{case}{'_in_order' * bool(order)}" for case, _, order in INTERPRETED],
+)
+def test_interpreted_kernel_is_right_and_free_of_races(case, config, deterministic, monkeypatch):
     # One CTA, so that it walks through several tiles.
     monkeypatch.setattr(sm90, "sm_count", lambda: 1)
     arrays = case.arrays(jnp.bfloat16)
     expected = case.expected(*arrays)
-    got = interpreted(case, config, arrays, expected)
+    got = interpreted(case, config, arrays, expected, deterministic)
     assert not interpret_pallas_call.get_races().races_found
     twin = gradients_of_twin(case, arrays)
     for name, x, y in zip(GRADIENTS, got, twin, strict=True):
@@ -157,8 +166,9 @@ def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, determinis
     assert not report.serialised_wgmmas, report.text
 
 
-def plan_of(case, config=BackwardConfig(), sm_count=4):  # noqa: B008  (frozen)
-    return sm90_bwd_plan.Plan(spec=spec_of(case), config=config, sm_count=sm_count)
+def plan_of(case, config=BackwardConfig(), sm_count=4, deterministic=True):  # noqa: B008  (frozen)
+    spec = dataclasses.replace(spec_of(case), deterministic=deterministic)
+    return sm90_bwd_plan.Plan(spec=spec, config=config, sm_count=sm_count)
 
 
 def visits(case, plan):
@@ -208,6 +218,23 @@ def test_tiles_wait_only_for_tiles_with_a_smaller_index():
     assert len(set(tiles)) == plan.num_tiles == 3 * 4 * 4
     for batch, head in {(b, h) for b, h, _ in tiles}:
         assert [j for b, h, j in tiles if (b, h) == (batch, head)] == list(range(4))
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "any_order"])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_each_tile_meets_each_block_once(is_causal, deterministic):
+    case = Case(name="x", b=1, t=512, s=512, n=2, k=1, is_causal=is_causal)
+    plan = plan_of(case, deterministic=deterministic)
+    first_blocks = []
+    for j in range(plan.num_kv_tiles):
+        tile = sm90_bwd_plan.Tile(jnp.int32(0), jnp.int32(0), jnp.int32(j))
+        queries = sm90_bwd_plan.query_range_of(plan, None, tile)
+        loop = sm90_bwd_loop.Loop(plan, None, None, None, None, tile, queries, jnp.int32(0), None)
+        met = [tuple(map(int, loop.block(jnp.int32(i)))) for i in range(int(loop.num_steps))]
+        wanted = range(int(queries.start), int(queries.stop))
+        assert sorted(met) == [(head, block) for head in range(2) for block in wanted]
+        first_blocks.append(met[0])
+    assert len(set(first_blocks)) == (1 if deterministic else plan.num_kv_tiles)
 
 
 def test_turns_of_packed_documents_by_hand():
