@@ -2,6 +2,8 @@
 
 # Shapes: M rows of lhs, N rows of rhs_t, K contracted.
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -9,7 +11,7 @@ from jax import Array, lax
 from pallas_kernels.interpreter import is_interpreting
 from pallas_kernels.matmul import config as matmul_config
 from pallas_kernels.matmul import sm90
-from pallas_kernels.matmul.config import MatmulConfig, MatmulPlan
+from pallas_kernels.matmul.config import Accumulation, MatmulConfig, MatmulPlan
 from pallas_kernels.matmul.partition import per_device
 from pallas_kernels.quantize.contract import (
     FORMATS,
@@ -29,12 +31,12 @@ def fp8_matmul(
     scale: Array,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    accumulation: Accumulation = "fast",
     implementation: Implementation | None = None,
 ) -> Array:
     """Multiplies two matrices of 8-bit floats: scale * (lhs . rhs_t^T).
 
-    Sums are taken with the tensor cores' own accumulation of 8-bit products, about 14 bits
-    (`lax.Precision.DEFAULT` of a dot on a Hopper GPU); the result is rounded once.
+    The result is rounded once.
 
     Args:
       lhs: `[M, K]`, float8_e4m3fn or float8_e5m2.
@@ -42,10 +44,13 @@ def fp8_matmul(
       scale: float32 `()`, the product of both operands' scales; a power of two, so that it rounds
         nothing.
       out_dtype: bfloat16 or float32.
+      accumulation: "fast" leaves sums to the tensor cores, which keep about 14 bits of them
+        (`lax.Precision.DEFAULT` of a dot on a Hopper GPU); "exact" adds partial sums in float32
+        (`lax.Precision.HIGHEST`).
       implementation: "xla" runs on any device; on a Hopper GPU it is cuBLASLt. "mosaic" needs a
-        Hopper GPU, K a multiple of 128, M of 8, and N of 64 for bfloat16 or of 32 for float32; of
-        sharded matrices each device multiplies its own parts, for which the same holds. None
-        leaves the choice, which is XLA until the kernel has been measured on a GPU.
+        Hopper GPU, K a multiple of 128 (exact: 256), M of 8, and N of 64 for bfloat16 or of 32 for
+        float32; of sharded matrices each device multiplies its own parts, for which the same holds.
+        None leaves the choice, which is XLA until the kernel has been measured on a GPU.
 
     Returns: `[M, N]`.
 
@@ -56,14 +61,27 @@ def fp8_matmul(
     Reference: Micikevicius et al. 2022, arXiv:2209.05433.
     """
     _check(lhs, rhs_t, scale, out_dtype)
+    if accumulation not in get_args(Accumulation):
+        raise ValueError(f"{accumulation=} must be one of {get_args(Accumulation)}")
     if uses_mosaic(implementation, device_reason()):
-        return matmul_mosaic(lhs, rhs_t, scale, out_dtype=out_dtype)
-    return matmul_xla(lhs, rhs_t, scale, out_dtype=out_dtype)
+        return matmul_mosaic(lhs, rhs_t, scale, out_dtype=out_dtype, accumulation=accumulation)
+    return matmul_xla(lhs, rhs_t, scale, out_dtype=out_dtype, accumulation=accumulation)
 
 
-def matmul_xla(lhs: Array, rhs_t: Array, scale: Array, *, out_dtype: jax.typing.DTypeLike) -> Array:
+def matmul_xla(
+    lhs: Array,
+    rhs_t: Array,
+    scale: Array,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    accumulation: Accumulation = "fast",
+) -> Array:
     """The product by XLA, which folds the scale into cuBLASLt's call."""
-    out = lax.dot_general(lhs, rhs_t, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+    precision = lax.Precision.DEFAULT if accumulation == "fast" else lax.Precision.HIGHEST
+    numbers = (((1,), (1,)), ((), ()))
+    out = lax.dot_general(
+        lhs, rhs_t, numbers, precision=precision, preferred_element_type=out_dtype
+    )
     return out * scale.astype(out_dtype)
 
 
@@ -73,12 +91,13 @@ def matmul_mosaic(
     scale: Array,
     *,
     out_dtype: jax.typing.DTypeLike,
+    accumulation: Accumulation = "fast",
     config: MatmulConfig | None = None,
 ) -> Array:
     """The product by the kernel, on each device's part of sharded matrices."""
 
     def local(lhs: Array, rhs_t: Array, scale: Array) -> Array:
-        plan = make_plan(lhs, rhs_t, out_dtype, config)
+        plan = make_plan(lhs, rhs_t, out_dtype, accumulation, config)
         reason = matmul_config.unsupported_reason(plan)
         if reason is not None:
             raise NotImplementedError(f"implementation='mosaic' cannot run: {reason}")
@@ -91,6 +110,7 @@ def make_plan(
     lhs: Array,
     rhs_t: Array,
     out_dtype: jax.typing.DTypeLike,
+    accumulation: Accumulation = "fast",
     config: MatmulConfig | None = None,
 ) -> MatmulPlan:
     """The plan for lhs `[M, K]` and rhs_t `[N, K]`."""
@@ -102,7 +122,8 @@ def make_plan(
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs_t.dtype,
         out_dtype=jnp.dtype(out_dtype),
-        config=config or matmul_config.config_for(m, n, k, out_dtype),
+        config=config or matmul_config.config_for(m, n, k, out_dtype, accumulation),
+        accumulation=accumulation,
         sm_count=sm_count(),
         interpret=is_interpreting(),
     )

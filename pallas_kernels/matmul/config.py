@@ -16,10 +16,13 @@ from pallas_kernels.mosaic import GMEM_ROWS, ROWS, SWIZZLE_BYTES, scratch_bytes,
 BLOCK_K = SWIZZLE_BYTES
 """Contracted elements of a stage: one byte each, as wide as the widest swizzle."""
 COMPUTE_WARPGROUPS = 2
-_ACCUMULATOR_ELEMENTS = 128 * 128
-"""Largest tile of one warpgroup: 128 registers of each thread."""
 
 Schedule = Literal["cooperative", "pingpong"]
+Accumulation = Literal["fast", "exact"]
+
+_MOST_ELEMENTS: dict[Accumulation, int] = {"fast": 128 * 128, "exact": 64 * 128}
+"""Largest tile of one warpgroup. fast: 128 registers of each thread; exact: 64, three times."""
+_K_MULTIPLE: dict[Accumulation, int] = {"fast": BLOCK_K, "exact": 2 * BLOCK_K}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +48,12 @@ class MatmulConfig:
     """Staging buffers of 64 rows x 128 bytes per warpgroup, at most."""
 
     def __post_init__(self) -> None:
-        for name in ("stages", "group", "out_slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MatmulConfig.{name}={getattr(self, name)} must be at least 1")
+        # One stage is multiplied while the one before, or with exact accumulation after, is held.
+        for name, least in (("stages", 2), ("group", 1), ("out_slots", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"MatmulConfig.{name}={getattr(self, name)} must be at least {least}"
+                )
         if self.schedule not in ("cooperative", "pingpong"):
             raise ValueError(f"MatmulConfig.{self.schedule=} must be cooperative or pingpong")
         if self.cluster not in (1, 2):
@@ -81,6 +87,8 @@ class MatmulPlan:
     rhs_dtype: Any
     out_dtype: Any
     config: MatmulConfig
+    accumulation: Accumulation = "fast"
+    """Of 8-bit products; see `sm90`."""
     sm_count: int = 132
     """Multiprocessors."""
     interpret: bool = False
@@ -176,10 +184,10 @@ def rejection(plan: MatmulPlan) -> str | None:
     """Why the config cannot be used; None if it can."""
     config = plan.config
     smem = smem_bytes(plan)
-    if config.rows_per_warpgroup * config.tile_n > _ACCUMULATOR_ELEMENTS:
+    if config.rows_per_warpgroup * config.tile_n > _MOST_ELEMENTS[plan.accumulation]:
         return (
-            f"{config.rows_per_warpgroup} x {config.tile_n} accumulators of a warpgroup do not fit"
-            " its registers"
+            f"{config.rows_per_warpgroup} x {config.tile_n} sums of a warpgroup do not fit its"
+            f" registers with {plan.accumulation} accumulation"
         )
     if smem > SM90_SMEM_BYTES_PER_BLOCK:
         return f"it needs {smem} bytes of shared memory; there are {SM90_SMEM_BYTES_PER_BLOCK}"
@@ -190,6 +198,7 @@ def rejection(plan: MatmulPlan) -> str | None:
 
 def unsupported_reason(plan: MatmulPlan) -> str | None:
     """Why the kernel cannot run this shape or config; None if it can."""
+    k_multiple = _K_MULTIPLE[plan.accumulation]
     # Mosaic GPU makes global arrays of whole tiles of shared memory; TMA clips those of results.
     rules = (
         (plan.m % GMEM_ROWS, f"the {plan.m} rows of lhs must be a multiple of {GMEM_ROWS}"),
@@ -197,7 +206,10 @@ def unsupported_reason(plan: MatmulPlan) -> str | None:
             plan.n % plan.out_columns,
             f"the {plan.n} rows of rhs_t must be a multiple of {plan.out_columns}",
         ),
-        (plan.k % BLOCK_K, f"the {plan.k} contracted elements must be a multiple of {BLOCK_K}"),
+        (
+            plan.k % k_multiple,
+            f"the {plan.k} contracted elements must be a multiple of {k_multiple}",
+        ),
     )
     for remainder, reason in rules:
         if remainder:
@@ -211,15 +223,23 @@ def unsupported_reason(plan: MatmulPlan) -> str | None:
 
 
 TUNED_H200: dict[tuple[int, int, int], MatmulConfig] = {}
-"""The fastest config by (m, k, n), as `python -m benchmarks.matmul` prints them."""
+"""The fastest config by (m, k, n) with fast accumulation; `benchmarks.matmul` prints them."""
 
 
-def config_for(m: int, n: int, k: int, out_dtype: jax.typing.DTypeLike) -> MatmulConfig:
+def config_for(
+    m: int,
+    n: int,
+    k: int,
+    out_dtype: jax.typing.DTypeLike,
+    accumulation: Accumulation = "fast",
+) -> MatmulConfig:
     """The config for a shape: the measured one, or by rule of thumb.
 
     The largest tile reads the least from L2; a smaller one where that would leave multiprocessors
     without a tile.
     """
+    if accumulation == "exact":
+        return MatmulConfig(tile_m=128, tile_n=128, stages=6)
     tuned = TUNED_H200.get((m, k, n))
     if tuned is not None and jnp.dtype(out_dtype).itemsize == 2:
         return tuned
@@ -246,14 +266,17 @@ _ORDERS: tuple[tuple[int, int, Literal[0, 1]], ...] = (
 )
 
 
-def candidates() -> list[MatmulConfig]:
+def candidates(accumulation: Accumulation = "fast") -> list[MatmulConfig]:
     """Configs worth timing: every tile, and the first two in every order; then clusters of others.
 
-    `rejection` says which of them a shape cannot use.
+    With exact accumulation the one tile that fits the registers. `rejection` says which of them a
+    shape cannot use.
     """
     chosen = [(tile, _ORDERS[0]) for tile in _TILES]
     chosen += [(tile, order) for tile in _TILES[:2] for order in _ORDERS[1:]]
     chosen += [(tile, _ORDERS[1]) for tile in _TILES[2:4]]
+    if accumulation == "exact":
+        chosen = [(_TILES[-1], order) for order in _ORDERS]
     return [
         MatmulConfig(
             tile_m=tile_m,

@@ -28,17 +28,21 @@ multiplies while the other stores. Its `full` barriers are its own, because a wa
 every phase of a barrier that it waits for.
 
 Accumulation: the tensor cores add 8-bit products with about 14 bits of mantissa relative to the
-largest term (cuBLASLt's fast accumulation; `lax.Precision.DEFAULT` of a dot in XLA). Exact
-accumulation, which promotes partial sums to float32, is left to XLA.
+largest term. "fast" leaves whole sums to them, as cuBLASLt's fast accumulation does
+(`lax.Precision.DEFAULT` of a dot in XLA). "exact" bounds that error, as `lax.Precision.HIGHEST`
+does: every block of 128 products starts a new accumulator, and is added to a float32 sum in
+registers (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). Two blocks take turns, so that the tensor
+cores work on one while the other is added.
 
-Not supported: K not a multiple of 128, M not of 8, N not of 128 bytes of the result (Mosaic GPU
-makes global arrays of whole tiles of shared memory); beyond that tiles may be ragged: TMA reads
-zeros and does not write.
+Not supported: K not a multiple of 128 (exact: 256), M not of 8, N not of 128 bytes of the result
+(Mosaic GPU makes global arrays of whole tiles of shared memory); beyond that tiles may be ragged:
+TMA reads zeros and does not write.
 """
 
 # Shapes: M rows of lhs, N rows of rhs_t, K contracted.
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +58,7 @@ from pallas_kernels.matmul.config import (
     Scratch,
     scratch_types,
 )
-from pallas_kernels.mosaic import ROWS, launcher
+from pallas_kernels.mosaic import MATRIX, ROWS, launcher
 
 KERNEL_NAME = "fp8_matmul"
 _COMPUTE_REGISTERS = 232
@@ -157,33 +161,56 @@ class _Kernel(NamedTuple):
         is_shared = config.schedule == "cooperative"
         return lax.axis_index("wg") * config.rows_per_warpgroup if is_shared else 0
 
+    def start(self, i: Array, k: Array, accumulators: Sequence[Any]) -> Array:
+        """Starts to add block k of the i-th tile to the accumulators; returns its stage."""
+        slot = self.slot(i * self.plan.steps + k)
+        plgpu.barrier_wait(self.full(i, slot))
+        rhs = self.smem.rhs.at[slot].transpose((1, 0))
+        for half, accumulator in enumerate(accumulators):
+            rows = pl.ds(self.first_row + half * ROWS, ROWS)
+            plgpu.wgmma(accumulator, self.smem.lhs.at[slot, rows], rhs)
+        return slot
+
     def multiply(self, i: Array) -> tuple[Array, ...]:
         """This warpgroup's rows of the i-th tile, 64 at a time: float32 `[64, tile_n]`."""
         plan, config = self.plan, self.plan.config
+        if plan.accumulation == "exact":
+            return (self.multiply_exactly(i),)
 
         def run(*accumulators: Any) -> tuple[Array, ...]:
-            def start(k: Array) -> Array:
-                slot = self.slot(i * plan.steps + k)
-                plgpu.barrier_wait(self.full(i, slot))
-                rhs = self.smem.rhs.at[slot].transpose((1, 0))
-                for half, accumulator in enumerate(accumulators):
-                    rows = pl.ds(self.first_row + half * ROWS, ROWS)
-                    plgpu.wgmma(accumulator, self.smem.lhs.at[slot, rows], rhs)
-                return slot
-
             def step(k: Array, before: Array) -> Array:
-                slot = start(k)
+                slot = self.start(i, k, accumulators)
                 plgpu.wgmma_wait(config.halves)
                 plgpu.barrier_arrive(self.smem.empty.at[before])
                 return slot
 
-            last = lax.fori_loop(1, plan.steps, step, start(jnp.int32(0)))
+            first = self.start(i, jnp.int32(0), accumulators)
+            last = lax.fori_loop(1, plan.steps, step, first)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(self.smem.empty.at[last])
             return tuple(accumulator[...] for accumulator in accumulators)
 
         types = [plgpu.ACC((ROWS, config.tile_n), jnp.float32)] * config.halves
         return pl.run_scoped(run, *types)
+
+    def multiply_exactly(self, i: Array) -> Array:
+        """The same, of the only 64 rows; each block has an accumulator of its own."""
+        shape = (ROWS, self.plan.config.tile_n)
+
+        def two_blocks(j: Array, sums: Array) -> Array:
+            def run(first: Any, second: Any) -> Array:
+                slots = [self.start(i, 2 * j, [first]), self.start(i, 2 * j + 1, [second])]
+                part = plgpu.wgmma_accumulator_load(first, wait_n=1)
+                plgpu.barrier_arrive(self.smem.empty.at[slots[0]])
+                total = sums + part
+                part = second[...]
+                plgpu.barrier_arrive(self.smem.empty.at[slots[1]])
+                return total + part
+
+            return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * 2)
+
+        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+        return lax.fori_loop(0, self.plan.steps // 2, two_blocks, zeros)
 
     def store(self, sums: tuple[Array, ...], scale: Array, row: Array, column: Array) -> None:
         """Sends scale * sums to the result, one staging buffer after the other."""

@@ -36,29 +36,35 @@ def test_summary_takes_the_fastest_right_config():
     config = dict(tile_m=128, tile_n=128)
     rows = [
         row("cublaslt fast", 0.6),
-        row("mosaic a", 0.3, is_right=False),
-        row("mosaic b", 0.5, config=config),
-        row("mosaic c", 0.7, config=dict(tile_m=256)),
-        dict(row("mosaic d", 0.1), is_right=None, error="no"),
+        row("mosaic fast a", 0.3, is_right=False),
+        row("mosaic fast b", 0.5, config=config),
+        row("mosaic fast c", 0.7, config=dict(tile_m=256)),
+        dict(row("mosaic fast d", 0.1), is_right=None, error="no"),
     ]
     assert matmul.summary(matmul.CASES[:1], rows).splitlines() == [
         "fwd cublaslt fast: 3.6 ms a step",
-        "fwd mosaic: 3.0 ms a step",
+        "fwd mosaic fast: 3.0 ms a step",
         "(16384, 4096, 6144): MatmulConfig(tile_m=128, tile_n=128),",
     ]
 
 
 def test_tiny_run_writes_checked_rows(tmp_path, monkeypatch):
-    configs = matmul.candidates()
-    slow = matmul.MatmulConfig(stages=9)
-    monkeypatch.setattr(matmul, "candidates", lambda: [configs[0], slow])
+    configs = {"fast": [matmul.MatmulConfig()], "exact": [matmul.candidates("exact")[0]]}
+    configs["exact"].append(matmul.MatmulConfig(stages=9))
+    monkeypatch.setattr(matmul, "candidates", configs.get)
     monkeypatch.setattr(matmul, "_REPEATS", 1)
     monkeypatch.setattr(matmul, "prepare_environment", lambda: None)
     path = tmp_path / "matmul.json"
     assert matmul.main(["--tiny", "--only", "dgrad", "--output", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert [r["contender"].split()[0] for r in rows] == ["cublaslt", "cublaslt", "mosaic", "mosaic"]
-    assert "bytes of shared memory" in rows.pop()["rejected"]
+    assert [r["contender"].split()[:2] for r in rows] == [
+        [name, accumulation]
+        for name, accumulation in (
+            *(("cublaslt", "exact"), ("cublaslt", "fast")),
+            *(("mosaic", "exact"), ("mosaic", "exact"), ("mosaic", "fast")),
+        )
+    ]
+    assert "do not fit" in rows.pop(3)["rejected"]
     for r in rows:
         assert r["is_right"] and len(r["times_ms"]) == 1
-        np.testing.assert_allclose(r["tflops"], 2 * 256 * 128**2 / r["median_ms"] / 1e9)
+        np.testing.assert_allclose(r["tflops"], 2 * 256 * 128 * 256 / r["median_ms"] / 1e9)

@@ -14,13 +14,18 @@ SCALE = jnp.float32(0.25)
 
 @pytest.mark.parametrize("out", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
-    ("lhs", "rhs", "implementation"),
-    [(E4M3, E4M3, None), (E5M2, E4M3, "xla"), (E4M3, E5M2, "xla"), (E4M3, E4M3, "mosaic")],
+    ("lhs", "rhs", "options"),
+    [
+        (E4M3, E4M3, {}),
+        (E5M2, E4M3, dict(implementation="xla")),
+        (E4M3, E5M2, dict(implementation="xla", accumulation="exact")),
+        (E4M3, E4M3, dict(implementation="mosaic", accumulation="exact")),
+    ],
 )
-def test_is_exact_for_whole_numbers(lhs, rhs, out, implementation):
-    x, y = integers(0, 64, 128, lhs), integers(1, 192, 128, rhs)
+def test_is_exact_for_whole_numbers(lhs, rhs, out, options):
+    x, y = integers(0, 64, 256, lhs), integers(1, 192, 256, rhs)
     with interpret_kernels():
-        got = fp8_matmul(x, y, SCALE, out_dtype=out, implementation=implementation)
+        got = fp8_matmul(x, y, SCALE, out_dtype=out, **options)
     assert got.dtype == out
     np.testing.assert_array_equal(
         np.asarray(got, np.float64), rounded(product(x, y, SCALE), out).astype(np.float64)
@@ -57,6 +62,7 @@ def arguments(**changed):
         ),
         (dict(scale=jnp.ones((64,))), r"scale is float32\[64\], must be float32\[\]"),
         (dict(out_dtype=jnp.float16), "out_dtype=float16 must be one of"),
+        (dict(accumulation="slow"), "accumulation='slow' must be one of"),
         (dict(implementation="cublas"), "implementation='cublas' must be one of"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 
 import jax
@@ -62,6 +63,10 @@ PLANS = {
     "cluster_one_step": make_plan(
         256, 128, 128, dataclasses.replace(COOPERATIVE, cluster=2), sm_count=2
     ),
+    "exact": make_plan(
+        136, 192, 768, dataclasses.replace(COOPERATIVE, tile_n=128), accumulation="exact"
+    ),
+    "exact_pingpong": make_plan(192, 64, 256, PINGPONG, sm_count=1, accumulation="exact"),
     "cluster_pingpong": make_plan(
         256, 192, 256, dataclasses.replace(PINGPONG, cluster=2), sm_count=4
     ),
@@ -75,8 +80,12 @@ def test_interpreted(name):
 
 
 @pytest.mark.parametrize("late", [0, 1, 2], ids=["compute_0", "compute_1", "producer"])
-@pytest.mark.parametrize("config", [COOPERATIVE, PINGPONG], ids=["cooperative", "pingpong"])
-def test_a_late_warpgroup_changes_nothing(config, late, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "accumulation"),
+    [(COOPERATIVE, "fast"), (PINGPONG, "fast"), (COOPERATIVE, "exact")],
+    ids=["cooperative", "pingpong", "exact"],
+)
+def test_a_late_warpgroup_changes_nothing(config, accumulation, late, monkeypatch):
     wait = shared_memory.Barrier.wait
 
     def late_wait(barrier, thread, *args, **kwargs):
@@ -85,7 +94,8 @@ def test_a_late_warpgroup_changes_nothing(config, late, monkeypatch):
         return wait(barrier, thread, *args, **kwargs)
 
     monkeypatch.setattr(shared_memory.Barrier, "wait", late_wait)
-    interpreted(make_plan(192, 128, 640, config, sm_count=1))  # more steps than buffers
+    # More steps than buffers.
+    interpreted(make_plan(192, 128, 768, config, sm_count=1, accumulation=accumulation))
 
 
 def test_smem_is_what_is_allocated():
@@ -99,11 +109,12 @@ def test_smem_is_what_is_allocated():
 
 def test_every_step_shape_has_a_config_that_it_can_use_and_candidates():
     for m, n, k in STEP:
-        for out in (jnp.bfloat16, jnp.float32):
-            plan = make_plan(m, n, k, config_for(m, n, k, out), out=out)
+        for out, accumulation in itertools.product((jnp.bfloat16, jnp.float32), ("fast", "exact")):
+            config = config_for(m, n, k, out, accumulation)
+            plan = make_plan(m, n, k, config, out=out, accumulation=accumulation)
             assert unsupported_reason(plan) is None
-        usable = [c for c in candidates() if rejection(make_plan(m, n, k, c)) is None]
-        assert len(usable) == len(candidates())
+            for candidate in candidates(accumulation):
+                assert rejection(dataclasses.replace(plan, config=candidate)) is None
     for (m, n, k), config in TUNED_H200.items():
         assert unsupported_reason(make_plan(m, n, k, config)) is None
 
@@ -116,7 +127,7 @@ def test_every_step_shape_has_a_config_that_it_can_use_and_candidates():
         ((128, 128, 192), {}, "192 contracted elements must be a multiple of 128"),
         ((2**20, 4096, 4096), {}, "does not fit int32; split the rows"),
         ((128, 128, 128), dict(stages=9), "bytes of shared memory; there are 232448"),
-        ((128, 128, 128), dict(tile_m=256), "128 x 256 accumulators of a warpgroup do not fit"),
+        ((128, 128, 128), dict(tile_m=256), "128 x 256 sums of a warpgroup do not fit its"),
         ((128, 128, 128), dict(cluster=2), "2 CTAs with 128 rows each have more than the 128"),
     ],
 )
@@ -127,7 +138,7 @@ def test_reasons(shape, config, reason):
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(stages=0),
+        dict(stages=1),
         dict(group=0),
         dict(out_slots=0),
         dict(schedule="both"),
@@ -168,12 +179,17 @@ def test_compiles_for_sm90a_without_spills(config):
 
 
 @pytest.mark.parametrize(
-    ("lhs", "rhs", "out"), [(E5M2, E4M3, jnp.float32), (E4M3, E5M2, jnp.bfloat16)]
+    ("lhs", "rhs", "out", "accumulation"),
+    [
+        (E5M2, E4M3, jnp.float32, "fast"),
+        (E4M3, E5M2, jnp.bfloat16, "exact"),
+        (E5M2, E4M3, jnp.float32, "exact"),
+    ],
 )
-def test_other_types_compile_for_sm90a_without_spills(lhs, rhs, out):
+def test_other_types_compile_for_sm90a_without_spills(lhs, rhs, out, accumulation):
     m, n, k = STEP[3]
     with hardware.assume_device_kind("NVIDIA H200"):
-        run = functools.partial(matmul_mosaic, out_dtype=out)
+        run = functools.partial(matmul_mosaic, out_dtype=out, accumulation=accumulation)
         report = ptxas_report(run, *structs(m, n, k, lhs, rhs))
     assert report.spilled_bytes == 0 and not report.serialised_wgmmas, report.text
 
@@ -186,12 +202,12 @@ def test_lowers_for_cuda_at_the_steps_shapes(shape):
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
 
-def errors(m, n, k, lhs, rhs, out):
-    """Relative errors of the kernel and of cuBLASLt with fast accumulation."""
+def errors(m, n, k, lhs, rhs, **options):
+    """Relative errors of the kernel and of cuBLASLt with the same accumulation."""
     x, y = normal(0, m, k, lhs), normal(1, n, k, rhs)
     exact = product(x, y, SCALE)
     results = [
-        fp8_matmul(x, y, SCALE, out_dtype=out, implementation=name) for name in ("mosaic", "xla")
+        fp8_matmul(x, y, SCALE, implementation=name, **options) for name in ("mosaic", "xla")
     ]
     return [
         np.linalg.norm(np.asarray(r, np.float64) - exact) / np.linalg.norm(exact) for r in results
@@ -201,20 +217,23 @@ def errors(m, n, k, lhs, rhs, out):
 @pytest.mark.gpu
 @pytest.mark.parametrize("formats", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)], ids=str)
 @pytest.mark.parametrize("out", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("shape", [(1024, 1536, 4096), (1032, 576, 640)], ids=str)
-def test_gpu_is_as_accurate_as_cublaslt(shape, formats, out):
-    ours, cublaslt = errors(*shape, *formats, out)
+@pytest.mark.parametrize("shape", [(1024, 1536, 4096), (1032, 576, 768)], ids=str)
+@pytest.mark.parametrize("accumulation", ["fast", "exact"])
+def test_gpu_is_as_accurate_as_cublaslt(shape, formats, out, accumulation):
+    ours, cublaslt = errors(*shape, *formats, out_dtype=out, accumulation=accumulation)
     assert ours <= 2 * cublaslt, (ours, cublaslt)
 
 
 @pytest.mark.gpu
-def test_gpu_every_candidate_gives_the_same_bits_every_time():
+@pytest.mark.parametrize("accumulation", ["fast", "exact"])
+def test_gpu_every_candidate_gives_the_same_bits_every_time(accumulation):
     m, n, k = 2048, 3072, 4096
     x, y = normal(0, m, k, E4M3), normal(1, n, k, E4M3)
     want = None
-    for config in candidates():
+    for config in candidates(accumulation):
+        run = functools.partial(matmul_mosaic, accumulation=accumulation, config=config)
         for _ in range(3):
-            got = matmul_mosaic(x, y, SCALE, out_dtype=jnp.bfloat16, config=config)
+            got = run(x, y, SCALE, out_dtype=jnp.bfloat16)
             bits = np.asarray(got).view(np.uint16)
             want = bits if want is None else want
             np.testing.assert_array_equal(bits, want, err_msg=str(config))
