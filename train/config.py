@@ -87,6 +87,8 @@ class ModelConfig:
     """Precision of the attention GEMMs; fp8_forward has its backward in bf16."""
     attention_implementation: AttentionImplementation = "auto"
     """Attention kernel; auto takes the best one that can run and says which."""
+    attention_deterministic: bool = False
+    """Gradients of attention that are the same bit for bit on every run; about 35 % slower."""
     norm_implementation: Literal["xla", "mosaic"] = "xla"
     """Gradient of the RMSNorms of the blocks. mosaic: Hopper's Pallas kernel, which adds that of
     the residual connection in the same pass; hidden sizes that are multiples of 1024 up to 4096."""

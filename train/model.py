@@ -121,7 +121,10 @@ def attention_options(
 ) -> dict[str, Any]:
     """The arguments of `flash_attention` that say in which precision, and by whom."""
     choice, precision = config.attention_implementation, config.attention_precision
-    options: dict[str, Any] = {"implementation": None if choice == "auto" else choice}
+    options: dict[str, Any] = {
+        "implementation": None if choice == "auto" else choice,
+        "deterministic": config.attention_deterministic or None,
+    }
     if precision == "bf16":
         return options
     backward = "bf16" if precision == "fp8_forward" else "fp8"

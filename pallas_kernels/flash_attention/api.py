@@ -24,7 +24,7 @@ _MODULES = {"cudnn": cudnn, "mosaic": sm90, "xla": xla}
 # Tried in this order when the caller leaves the choice; xla runs everywhere. The Mosaic kernels
 # join the list once they have been measured on a GPU.
 _PREFERENCE: dict[Precision, tuple[Implementation, ...]] = {
-    "bf16": ("cudnn", "xla"),
+    "bf16": ("cudnn", "mosaic", "xla"),
     "fp8": ("mosaic", "xla"),
 }
 

@@ -35,7 +35,9 @@ def test_options_of_the_call():
     assert options["precision"] == "fp8" and options["fp8_options"].backward == "bf16"
     options = attention_options(dataclasses.replace(model, attention_precision="fp8"), "mosaic")
     assert options["fp8_options"] == Fp8Options(quantize_implementation="mosaic")
-    assert "precision" not in attention_options(ModelConfig(), "xla")
+    assert attention_options(ModelConfig(), "xla") == dict(implementation=None, deterministic=None)
+    model = ModelConfig(attention_deterministic=True)
+    assert attention_options(model, "xla")["deterministic"] is True
 
 
 def test_a_head_dim_that_cannot_be_rotated_is_refused():
