@@ -78,14 +78,14 @@ def quantize_inputs(
         return fp8_quantize.quantize_inputs(q, k, v, spec)
     matrix = jnp.asarray(fp8.rotation(spec.head_dim), q.dtype) if spec.fp8.rotate else None
     mean = fp8_quantize.key_mean(k) if spec.fp8.center_keys else None
-    rotated_mean = fp8.rotate(mean) if mean is not None and spec.fp8.rotate else mean
+    rotated_mean = _rotated(mean, spec) if mean is not None else None
     run = functools.partial(
         sm90_quantize_fp8.quantize, sm_count=sm90.sm_count(), interpret=interpret
     )
     first = None
     if spec.fp8.exact_first_key:
-        first = fp8_quantize.first_key_of(k, mean)
-        first = fp8_quantize.to_query_heads(fp8.rotate(first) if spec.fp8.rotate else first, spec)
+        first = _rotated(fp8_quantize.first_key_of(k, mean), spec)
+        first = fp8_quantize.to_query_heads(first, spec)
     q_parts = run(q, matrix, None, first, writes_columns=False)
     k_parts = run(k, matrix, rotated_mean, writes_columns=False)
     v_parts = run(v, None, None, writes_columns=True)
@@ -105,6 +105,16 @@ def quantize_inputs(
         return inputs
     first_key = q_parts.products / fp8_quantize.first_key_scale(inputs, spec)
     return inputs._replace(first_key=first_key)
+
+
+def _rotated(x: Array, spec: AttentionSpec) -> Array:
+    """x M of `[B, K, H]`, float32, if the options ask for it.
+
+    No dot: XLA would make one of two, and hand slices of its result to the kernels.
+    """
+    if not spec.fp8.rotate:
+        return x
+    return (x[..., None] * jnp.asarray(fp8.rotation(spec.head_dim))).sum(axis=2)
 
 
 def fp8_forward(
