@@ -29,6 +29,7 @@ from jfp8.gemms import (
     FAST,
     FWD,
     WGRAD,
+    CastInput,
     CastKernel,
     cast,
     dgrad_gemm,
@@ -36,6 +37,7 @@ from jfp8.gemms import (
     forward_gemm,
     from_bytes,
     gemm,
+    lhs_of,
     matrix_shape,
     replicated,
     rhs_of,
@@ -79,6 +81,7 @@ def dot_general(
     *,
     recipe: Recipe,
     kernel_cast: CastKernel | None = None,
+    lhs_cast: CastInput | None = None,
 ) -> jax.Array:
     """Multiplies `lhs` and `rhs` in FP8; differentiable.
 
@@ -96,6 +99,8 @@ def dot_general(
       recipe: static.
       kernel_cast: `jfp8.cast_kernel(rhs, state, recipe)`, to cast a kernel once for several dots.
         rhs, `[K, N]`, is then read for its gradient's sake alone.
+      lhs_cast: of lhs, `[..., K]`, contracted in its last dimension, as `jfp8.rmsnorm_cast` makes
+        it; lhs is then there for its gradient alone.
 
     Returns: batch, free lhs and free rhs dimensions, as `jax.lax.dot_general`, in `lhs.dtype`. The
       derivatives have the dtypes of lhs and rhs, straight from the accumulators of the GEMMs unless
@@ -118,6 +123,11 @@ def dot_general(
             f"kernel_cast is for rhs [K, N], contracted in its dimension 0; rhs.shape={rhs.shape}"
             f" and dimension_numbers={dimension_numbers}: leave it out"
         )
+    if lhs_cast is not None and (tuple(lhs_contract) != (lhs.ndim - 1,) or lhs_batch):
+        raise ValueError(
+            f"lhs_cast is for lhs [..., K], contracted in its last dimension; lhs.shape={lhs.shape}"
+            f" and dimension_numbers={dimension_numbers}: leave it out"
+        )
     leading = (math.prod(batch),) if batch else ()
     # cuBLASLt's FP8 GEMM has one contracted and one free dimension per operand.
     lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*leading, m, k)
@@ -126,12 +136,12 @@ def dot_general(
     static = _Static(recipe, lhs.dtype, rhs.dtype, *shardings)
     if recipe.quantizes:
         state = validated_state(state, recipe)
-        leaves, structure = jax.tree.flatten(kernel_cast)
+        leaves, structure = jax.tree.flatten((kernel_cast, lhs_cast))
         lhs, rhs, scale, probe, *leaves = same_varying(
             lhs, rhs, state.scale, state.observation, *leaves
         )
-        kernel_cast = jax.tree.unflatten(structure, leaves)
-        out = _fp8_matmul(static, lhs, rhs, scale, probe, kernel_cast)
+        casts = jax.tree.unflatten(structure, leaves)
+        out = _fp8_matmul(static, lhs, rhs, scale, probe, *casts)
     else:
         out = _bf16_matmul(static, *same_varying(lhs, rhs))
     return out.reshape(*batch, *free_m, *free_n)
@@ -153,10 +163,11 @@ def _fp8_matmul(
     scale: jax.Array,
     probe: jax.Array,
     kernel_cast: CastKernel | None,
+    lhs_cast: CastInput | None,
 ) -> jax.Array:
     del probe
     # Without a backward pass each operand is needed in one layout.
-    cast_lhs = cast(lhs, scale[LHS], LHS, static.recipe, layouts="rows")
+    cast_lhs = lhs_of(lhs, lhs_cast, scale[LHS], static.recipe, layouts="rows")
     if kernel_cast is None:
         cast_rhs = cast(rhs, scale[RHS], RHS, static.recipe, layouts="columns")
     else:
@@ -172,10 +183,11 @@ def _fp8_fwd(
     scale: jax.Array,
     probe: jax.Array,
     kernel_cast: CastKernel | None,
+    lhs_cast: CastInput | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     del probe  # only its cotangent matters
     with jax.named_scope("fp8_dot/quantize_lhs"):
-        cast_lhs = cast(lhs, scale[LHS], LHS, static.recipe)
+        cast_lhs = lhs_of(lhs, lhs_cast, scale[LHS], static.recipe)
     with jax.named_scope("fp8_dot/quantize_rhs"):
         cast_rhs = rhs_of(rhs, kernel_cast, scale[RHS], static.recipe)
     cast_lhs, saved_lhs = save_for_wgrad(cast_lhs, "fp8_lhs")
@@ -195,7 +207,7 @@ def _fp8_fwd(
 
 def _fp8_bwd(
     static: _Static, residuals: tuple[jax.Array, ...], grad: jax.Array
-) -> tuple[jax.Array, jax.Array, None, jax.Array, None]:
+) -> tuple[jax.Array, jax.Array, None, jax.Array, None, None]:
     saved_lhs, saved_rhs, scale, seen = residuals
     recipe = static.recipe
     q_lhs, q_rhs = from_bytes(saved_lhs, LHS, recipe), from_bytes(saved_rhs, RHS, recipe)
@@ -215,7 +227,7 @@ def _fp8_bwd(
         )
         seen = jnp.concatenate([seen, replicated(cast_grad.seen)[None]])
         observation = observe(seen, counted, recipe.formats)
-    return dlhs, drhs, None, observation, None
+    return dlhs, drhs, None, observation, None, None
 
 
 _fp8_matmul.defvjp(_fp8_fwd, _fp8_bwd)

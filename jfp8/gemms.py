@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 import pallas_kernels
 from jfp8.quantize import current_scale, group_amax_bits, quantize, statistics
 from jfp8.recipe import GemmImplementation, Recipe
-from jfp8.scaling import RHS, ScalingState
+from jfp8.scaling import LHS, RHS, ScalingState
 from pallas_kernels.quantize.contract import Layouts
 
 # Contracted dimension of each operand as [.., rows, columns], and accumulation of FP8 GEMMs.
@@ -98,6 +98,34 @@ def cast_kernel(kernel: jax.Array, state: ScalingState, recipe: Recipe) -> CastK
     assert q.rows is not None
     columns = None if q.columns is None else as_bytes(q.columns)
     return CastKernel(as_bytes(q.rows), columns, q.scale, q.seen)
+
+
+class CastInput(NamedTuple):
+    """A dot's lhs that was cast as it was computed; 8-bit values as bytes (see `as_bytes`)."""
+
+    rows: jax.Array
+    """uint8 `[M, K]`."""
+    columns: jax.Array | None
+    """uint8 `[K, M]`; None with XLA."""
+    scale: jax.Array
+    """float32 `()`."""
+    seen: jax.Array
+    """Its `jfp8.quantize.statistics`."""
+
+
+def lhs_of(
+    lhs: jax.Array,
+    prepared: CastInput | None,
+    scale: jax.Array,
+    recipe: Recipe,
+    *,
+    layouts: Layouts = "both",
+) -> Cast:
+    """The cast of a dot's lhs: the prepared one, or a new one."""
+    if prepared is None:
+        return cast(lhs, scale, LHS, recipe, layouts=layouts)
+    columns = None if prepared.columns is None else from_bytes(prepared.columns, LHS, recipe)
+    return Cast(from_bytes(prepared.rows, LHS, recipe), columns, prepared.scale, prepared.seen)
 
 
 def rhs_of(

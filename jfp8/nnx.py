@@ -23,7 +23,7 @@ from flax import nnx
 from flax.typing import Initializer
 
 from jfp8.dot_general import DotDimensionNumbers, dot_general
-from jfp8.gemms import CastKernel, cast_kernel
+from jfp8.gemms import CastInput, CastKernel, cast_kernel
 from jfp8.recipe import Recipe
 from jfp8.scaling import ScalingState, init_state
 from jfp8.swiglu_mlp import swiglu_mlp as jfp8_swiglu_mlp
@@ -62,7 +62,12 @@ class _Dot(nnx.Module):
     def _prepared(self) -> CastKernel | None:
         return None if self.kernel_cast is None else self.kernel_cast.get_value()
 
-    def _dot(self, x: jax.Array, dimension_numbers: DotDimensionNumbers) -> jax.Array:
+    def _dot(
+        self,
+        x: jax.Array,
+        dimension_numbers: DotDimensionNumbers,
+        x_cast: CastInput | None = None,
+    ) -> jax.Array:
         state = None if self.scaling is None else self.scaling.get_value()
         kernel = self.kernel.get_value()
         return dot_general(
@@ -72,6 +77,7 @@ class _Dot(nnx.Module):
             state,
             recipe=self.recipe,
             kernel_cast=self._prepared(),
+            lhs_cast=x_cast,
         )
 
 
@@ -119,13 +125,20 @@ class Linear(_Dot):
             kernel_metadata=kernel_metadata,
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[..., in_features]` to `[..., out_features]`, in `dtype`."""
-        y = self._dot(x, (((x.ndim - 1,), (0,)), ((), ())))
+    def __call__(self, x: jax.Array, x_cast: CastInput | None = None) -> jax.Array:
+        """Maps `[..., in_features]` to `[..., out_features]`, in `dtype`.
+
+        Args:
+          x: the input.
+          x_cast: of x, as in `jfp8.dot_general`.
+        """
+        y = self._dot(x, (((x.ndim - 1,), (0,)), ((), ())), x_cast)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 
-def swiglu_mlp(gate_up: Linear, down: Linear, x: jax.Array, *, group: int) -> jax.Array:
+def swiglu_mlp(
+    gate_up: Linear, down: Linear, x: jax.Array, *, group: int, x_cast: CastInput | None = None
+) -> jax.Array:
     """`jfp8.swiglu_mlp` with the parameters and the state of two layers.
 
     Args:
@@ -133,6 +146,7 @@ def swiglu_mlp(gate_up: Linear, down: Linear, x: jax.Array, *, group: int) -> ja
       down: from the hidden size; of the same recipe, which is not bf16. No bias.
       x: `[..., gate_up's in_features]`.
       group: columns of a group.
+      x_cast: of x, as in `jfp8.dot_general`.
 
     Raises:
       ValueError: if the layers have biases or do not share a recipe.
@@ -151,6 +165,7 @@ def swiglu_mlp(gate_up: Linear, down: Linear, x: jax.Array, *, group: int) -> ja
         group=group,
         recipe=gate_up.recipe,
         kernel_casts=(gate_up._prepared(), down._prepared()),
+        x_cast=x_cast,
     )
 
 

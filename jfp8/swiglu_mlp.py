@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels
 from jfp8.gemms import (
     Cast,
+    CastInput,
     CastKernel,
     cast,
     chosen_scale,
@@ -27,6 +28,7 @@ from jfp8.gemms import (
     explicit_sharding,
     forward_gemm,
     from_bytes,
+    lhs_of,
     matrix_shape,
     rhs_of,
     same_varying,
@@ -64,6 +66,7 @@ def swiglu_mlp(
     group: int,
     recipe: Recipe,
     kernel_casts: tuple[CastKernel | None, CastKernel | None] = (None, None),
+    x_cast: CastInput | None = None,
 ) -> jax.Array:
     """Computes (silu(x . gate) * (x . up)) . down in FP8; differentiable.
 
@@ -80,6 +83,7 @@ def swiglu_mlp(
       group: columns of a group; 128 for `Recipe.quantize_implementation="mosaic"`.
       recipe: of both dots; not bf16.
       kernel_casts: of the two kernels, as in `jfp8.dot_general`.
+      x_cast: of x, as `lhs_cast` there.
 
     Returns: `[..., D]`, bfloat16.
 
@@ -112,22 +116,22 @@ def swiglu_mlp(
     static = _Static(recipe, group, x.dtype, (gate_up_kernel.dtype, down_kernel.dtype))
     arrays = [rows, gate_up_kernel, down_kernel]
     arrays += [array for state in states for array in (state.scale, state.observation)]
-    leaves, structure = jax.tree.flatten((arrays, kernel_casts))
-    arrays, kernel_casts = jax.tree.unflatten(structure, same_varying(*leaves))
-    out = _mlp(static, *arrays, kernel_casts)
+    leaves, structure = jax.tree.flatten((arrays, kernel_casts, x_cast))
+    arrays, *casts = jax.tree.unflatten(structure, same_varying(*leaves))
+    out = _mlp(static, *arrays, *casts)
     return out.reshape(*x.shape[:-1], down_kernel.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp(static, x, w1, w2, scale1, probe1, scale2, probe2, casts):
-    return _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts)[0]
+def _mlp(static, x, w1, w2, scale1, probe1, scale2, probe2, casts, x_cast):
+    return _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts, x_cast)[0]
 
 
-def _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts):
+def _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts, x_cast):
     del probe1, probe2  # only their cotangents matter
     recipe = static.recipe
     with jax.named_scope("fp8_dot/quantize_lhs"):
-        cast_x, saved_x = save_for_wgrad(cast(x, scale1[LHS], LHS, recipe), "fp8_lhs")
+        cast_x, saved_x = save_for_wgrad(lhs_of(x, x_cast, scale1[LHS], recipe), "fp8_lhs")
     with jax.named_scope("fp8_dot/quantize_rhs"):
         cast_w1 = rhs_of(w1, casts[0], scale1[RHS], recipe)
         cast_w2 = rhs_of(w2, casts[1], scale2[RHS], recipe)
@@ -167,7 +171,7 @@ def _mlp_bwd(static, residuals, grad):
         m, f = dhidden.shape
         first = _observation(static, (m, q_w1.shape[0]), q_w1, (m, 2 * f), seen1, dgate_up)
         second = _observation(static, (m, f), q_w2, matrix_shape(grad), seen2, cast_grad)
-    return dx, dw1, dw2, None, first, None, second, None
+    return dx, dw1, dw2, None, first, None, second, None, None
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)

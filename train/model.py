@@ -22,6 +22,7 @@ import jfp8
 import jfp8.nnx
 from pallas_kernels import Fp8Options, flash_attention, rmsnorm, rope_qkv, swiglu
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RESIDUAL_NAMES
+from pallas_kernels.fused.rmsnorm import RESIDUAL_NAME as NORM_RESIDUAL_NAME
 from pallas_kernels.fused.rope import rotate, split_heads
 from pallas_kernels.quantize.contract import Implementation
 from train.config import ModelConfig
@@ -48,6 +49,22 @@ class RMSNorm(nnx.Module):
     def with_residual(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The norm of x, and x for the residual connection; see `pallas_kernels.rmsnorm`."""
         return rmsnorm(x, self.weight[...], eps=self.eps, implementation=self.implementation)
+
+    def for_dot(
+        self, x: jax.Array, layer: jfp8.nnx.Linear, taps: Taps | None
+    ) -> tuple[jax.Array, jax.Array, jfp8.CastInput | None]:
+        """`with_residual` and, where a kernel makes it, the cast of the norm for `layer`."""
+        # Taps read the norm in 16 bits.
+        if taps is not None or layer.scaling is None or not jfp8.can_cast_norm(layer.recipe):
+            return *self.with_residual(x), None
+        return jfp8.rmsnorm_cast(
+            x,
+            self.weight[...],
+            layer.scaling.get_value(),
+            eps=self.eps,
+            recipe=layer.recipe,
+            gradient_implementation=self.implementation,
+        )
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -81,13 +98,17 @@ class Attention(nnx.Module):
         self.taps = Taps(recipe, ("qkv", "out"), sees_attention=True) if has_taps else None
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+        x_cast: jfp8.CastInput | None = None,
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; `segment_ids` int32 [B, T] keeps packed documents apart."""
         config = self.config
         batch, length, _ = x.shape
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
-        qkv = checkpoint_name(apply_linear(self.taps, "qkv", self.qkv, x), "qkv")
+        qkv = checkpoint_name(apply_linear(self.taps, "qkv", self.qkv, x, x_cast), "qkv")
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = split_heads(qkv, kv_heads, head_dim)
             q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
@@ -150,11 +171,13 @@ class SwiGLU(nnx.Module):
         )
         self.taps = Taps(recipe, ("gate_up", "down"), sees_attention=False) if has_taps else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, x_cast: jfp8.CastInput | None = None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         if self._is_fused():
-            return jfp8.nnx.swiglu_mlp(self.gate_up, self.down, x, group=self.group)
-        gate_up = checkpoint_name(apply_linear(self.taps, "gate_up", self.gate_up, x), "gate_up")
+            layers = self.gate_up, self.down
+            return jfp8.nnx.swiglu_mlp(*layers, x, group=self.group, x_cast=x_cast)
+        gate_up = apply_linear(self.taps, "gate_up", self.gate_up, x, x_cast)
+        gate_up = checkpoint_name(gate_up, "gate_up")
         hidden = swiglu(gate_up, group=self.group, implementation=self.implementation)
         return apply_linear(self.taps, "down", self.down, hidden)
 
@@ -184,10 +207,11 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         with jax.named_scope("block"):
-            normed, x = self.attention_norm.with_residual(x)
-            x = x + self.attention(normed, angles, segment_ids)
-            normed, x = self.ffn_norm.with_residual(x)
-            return x + self.ffn(normed)
+            attention, ffn = self.attention, self.ffn
+            normed, x, cast = self.attention_norm.for_dot(x, attention.qkv, attention.taps)
+            x = x + attention(normed, angles, segment_ids, cast)
+            normed, x, cast = self.ffn_norm.for_dot(x, ffn.gate_up, ffn.taps)
+            return x + ffn(normed, cast)
 
 
 class HeadDot(nnx.Module):
@@ -282,7 +306,11 @@ class Transformer(nnx.Module):
 # What the backward finds saved. Under remat="dots" that is GEMM and attention outputs, and each
 # GEMM's 8-bit operands in place of the 16-bit values they were made from.
 _SAVED_NAMES = {
-    "dots": ("qkv", "gate_up", *ATTENTION_RESIDUAL_NAMES, *jfp8.RESIDUAL_NAMES),
+    "dots": (
+        *("qkv", "gate_up", NORM_RESIDUAL_NAME),
+        *ATTENTION_RESIDUAL_NAMES,
+        *jfp8.RESIDUAL_NAMES,
+    ),
     "attention": ATTENTION_RESIDUAL_NAMES,
     "block": (),
 }

@@ -36,13 +36,19 @@ class Taps(nnx.Module):
         )
 
 
-def apply_linear(taps: Taps | None, name: str, layer: jfp8.nnx.Linear, x: jax.Array) -> jax.Array:
-    """`layer(x)`; with taps, input, kernel and output gradient are seen.
+def apply_linear(
+    taps: Taps | None,
+    name: str,
+    layer: jfp8.nnx.Linear,
+    x: jax.Array,
+    x_cast: jfp8.CastInput | None = None,
+) -> jax.Array:
+    """`layer(x, x_cast)`; with taps, input, kernel and output gradient are seen.
 
     They are measured with the scales that the layer uses; a layer in bf16 as if it had the
     `current` recipe.
     """
-    out = layer(x)
+    out = layer(x, x_cast)
     if taps is None:
         return out
     formats = layer.recipe.formats

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.fused import sm90_rmsnorm, sm90_rmsnorm_grad
 from pallas_kernels.interpreter import is_interpreting
@@ -28,6 +28,9 @@ from pallas_kernels.quantize.contract import (
 from pallas_kernels.quantize.partition import per_device
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
+RESIDUAL_NAME = "rmsnorm_rstd"
+"""`checkpoint_name` of what `rmsnorm_and_cast` keeps besides x: a remat policy that saves it does
+not run the kernel again."""
 
 
 def rmsnorm(
@@ -79,8 +82,12 @@ def _rmsnorm_mosaic_fwd(x: Array, weight: Array, eps: float):
 
 def _rmsnorm_mosaic_bwd(eps: float, residuals, grads):
     del eps
-    x, rstd, weight = residuals
-    rows = [a.reshape(-1, a.shape[-1]) for a in (x, *grads, rstd)]
+    return _gradient_mosaic(*residuals, *grads)
+
+
+def _gradient_mosaic(x: Array, rstd: Array, weight: Array, dy: Array, g: Array):
+    """dx, with g added, and dweight; rstd is `[..., 1]`."""
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, dy, g, rstd)]
     dx, dweight = per_device(
         _launch_grad,
         rows,
@@ -93,6 +100,81 @@ def _rmsnorm_mosaic_bwd(eps: float, residuals, grads):
 
 
 _rmsnorm_mosaic.defvjp(_rmsnorm_mosaic_fwd, _rmsnorm_mosaic_bwd)
+
+
+def _gradient_xla(x: Array, rstd: Array, weight: Array, dy: Array, g: Array):
+    """`_gradient_mosaic` by XLA."""
+    normed, dy = x.astype(jnp.float32) * rstd, dy.astype(jnp.float32)
+    dy_weight = dy * weight
+    c = jnp.mean(dy_weight * normed, axis=-1, keepdims=True)
+    dx = g.astype(jnp.float32) + rstd * (dy_weight - normed * c)
+    return dx.astype(x.dtype), (dy * normed).reshape(-1, x.shape[-1]).sum(axis=0)
+
+
+def rmsnorm_and_cast(
+    x: Array,
+    weight: Array,
+    scale: Array,
+    *,
+    eps: float,
+    dtype: jax.typing.DTypeLike,
+    implementation: Implementation,
+    gradient_implementation: Implementation,
+) -> tuple[Array, Array, Quantized]:
+    """`rmsnorm` and `rmsnorm_quantize` of the same x; differentiable.
+
+    Who uses the 8-bit results alone pays for no 16-bit norm: XLA drops what nobody reads. The
+    gradient comes through y; that of the 8-bit results is nothing.
+
+    Args:
+      x: `[..., K]`; its rows are all but the last dimension.
+      weight: as in `rmsnorm_quantize`.
+      scale: as in `rmsnorm_quantize`.
+      eps: as in `rmsnorm_quantize`.
+      dtype: as in `rmsnorm_quantize`.
+      implementation: of the cast, as in `rmsnorm_quantize`.
+      gradient_implementation: as in `rmsnorm`.
+
+    Returns: y and x, as from `rmsnorm`; and the cast of y's rows, q and q_t as uint8.
+
+    Raises:
+      ValueError: as the two functions.
+      NotImplementedError: as the two functions.
+    """
+    if gradient_implementation == "mosaic":
+        shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+        reason = device_reason() or sm90_rmsnorm_grad.unsupported_reason(_grad_plan(shape))
+        uses_mosaic(gradient_implementation, reason)
+    static = eps, jnp.dtype(dtype), implementation, gradient_implementation
+    y, x, q, q_t, amax_bits = _rmsnorm_and_cast(static, x, weight, scale)
+    return y, x, Quantized(q, q_t, amax_bits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rmsnorm_and_cast(static, x, weight, scale):
+    return _rmsnorm_and_cast_fwd(static, x, weight, scale)[0]
+
+
+def _rmsnorm_and_cast_fwd(static, x, weight, scale):
+    eps, dtype, implementation, _ = static
+    rows = x.reshape(-1, x.shape[-1])
+    cast, rstd = rmsnorm_quantize(
+        rows, weight, scale, eps=eps, dtype=dtype, implementation=implementation
+    )
+    rstd = checkpoint_name(rstd.reshape(*x.shape[:-1], 1), RESIDUAL_NAME)
+    y = (x.astype(jnp.float32) * rstd * weight).astype(x.dtype)
+    assert cast.q is not None and cast.q_t is not None
+    # As bytes they have no gradient; one of 8 bits would be no number to add.
+    q, q_t = (lax.bitcast_convert_type(a, jnp.uint8) for a in (cast.q, cast.q_t))
+    return (y, x, q, q_t, cast.amax_bits), (x, rstd, weight)
+
+
+def _rmsnorm_and_cast_bwd(static, residuals, grads):
+    gradient = _gradient_mosaic if static[3] == "mosaic" else _gradient_xla
+    return *gradient(*residuals, *grads[:2]), None
+
+
+_rmsnorm_and_cast.defvjp(_rmsnorm_and_cast_fwd, _rmsnorm_and_cast_bwd)
 
 
 def _launch_grad(x: Array, dy: Array, g: Array, rstd: Array, weight: Array) -> tuple[Array, Array]:
@@ -128,8 +210,8 @@ def rmsnorm_quantize(
       eps: added to the mean of squares.
       dtype: float8_e4m3fn or float8_e5m2.
       implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, M a multiple of 128 and
-        K a multiple of 64; with several devices call it under `jax.shard_map`, because a row must
-        be whole. None leaves the choice.
+        K a multiple of 64; of an x that is split over devices each has whole rows, and M is that of
+        its part. None leaves the choice.
 
     Returns: the result in 8 bits, its transpose and its amax; and rstd, float32 `[M]`, for the
       backward pass. Implementations differ by the rounding of float32.
@@ -144,11 +226,17 @@ def rmsnorm_quantize(
     reason = plan = None
     if implementation == "mosaic":
         plan = make_plan(x, eps=eps, dtype=dtype)
-        reason = _unsupported_reason(plan)
+        reason = device_reason() or sm90_rmsnorm.unsupported_reason(plan)
     if uses_mosaic(implementation, reason):
-        assert plan is not None
-        q, q_t, rstd, amax = sm90_rmsnorm.launch(plan, x, weight, scale)
-        return Quantized(q, q_t, fold_amax(amax)), rstd
+        q, q_t, rstd, amax_bits = per_device(
+            functools.partial(_launch_quantize, eps, dtype),
+            (x,),
+            jnp.concatenate([weight, scale[None]]),
+            ["whole_rows", "whole_columns", "row_values", "parts"],
+            widths=(None,),
+            result_width=1,
+        )
+        return Quantized(q, q_t, amax_bits), rstd
     x = x.astype(jnp.float32)
     rstd = lax.rsqrt(jnp.mean(x * x, axis=1) + eps)
     return quantize_xla(x * rstd[:, None] * weight, scale, dtype=dtype, layouts="both"), rstd
@@ -182,12 +270,12 @@ def make_plan(
     )
 
 
-def _unsupported_reason(plan: sm90_rmsnorm.RmsNormPlan) -> str | None:
-    reason = device_reason() or sm90_rmsnorm.unsupported_reason(plan)
-    is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    if reason is None and jax.device_count() > 1 and not (is_manual or is_interpreting()):
-        return (
-            f"x may be split over {jax.device_count()} devices, and XLA would gather it on each;"
-            " call it under jax.shard_map"
-        )
-    return reason
+def _launch_quantize(
+    eps: float, dtype: jax.typing.DTypeLike, x: Array, weight_and_scale: Array
+) -> tuple[Array, Array, Array, Array]:
+    plan = make_plan(x, eps=eps, dtype=dtype)
+    reason = sm90_rmsnorm.unsupported_reason(plan)
+    if reason is not None:
+        raise NotImplementedError(f"implementation='mosaic' cannot run one device's part: {reason}")
+    q, q_t, rstd, amax = sm90_rmsnorm.launch(plan, x, weight_and_scale[:-1], weight_and_scale[-1])
+    return q, q_t, rstd, fold_amax(amax)

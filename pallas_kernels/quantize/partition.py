@@ -21,14 +21,14 @@ import jax
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from pallas_kernels.interpreter import is_interpreting
 from pallas_kernels.quantize.contract import AMAX_PARTS
 
-Kind = Literal["rows", "columns", "parts", "whole_rows", "sum"]
-"""Of a result: `[M, K]`, `[K, M]`, the 128 parts of an amax, `[M, K]` of which every device has all
-columns, or `[K]`, a sum over the rows."""
+Kind = Literal["rows", "columns", "parts", "whole_rows", "whole_columns", "row_values", "sum"]
+"""Of a result: `[M, K]`, `[K, M]`, the 128 parts of an amax; `[M, K]` or `[K, M]` with all of K on
+every device, `[M]`, or `[K]`, a sum over the rows."""
 
 
 def per_device(
@@ -46,8 +46,8 @@ def per_device(
       local: the kernel; its results are of `kinds`.
       arrays: `[M, widths[i] * K]` each, or with None for a width `[M, anything]`, of which every
         device has all columns.
-      scale: float32 `()` or `[K]`; every device has all of it.
-      kinds: of the results; with "whole_rows" or "sum" the first array has None for a width.
+      scale: float32 `()` or a vector; every device has all of it.
+      kinds: of the results; for those without a split of K the first array has None for a width.
       widths: of the arrays, as multiples of K.
       result_width: that of the results.
 
@@ -118,12 +118,14 @@ def _rule(
         "columns": f"{columns(result_width)} {rows}",
         "parts": "p",
         "whole_rows": f"{rows} w0",
+        "whole_columns": f"w0 {rows}",
+        "row_values": rows,
         "sum": "w0",
     }
     operands = [
         f"{rows} {f'w{i}' if width is None else columns(width)}" for i, width in enumerate(widths)
     ]
-    scale = "w0" if scale_ndim else ""
+    scale = "v" if scale_ndim else ""
     return ", ".join([*operands, scale]) + " -> " + ", ".join(forms[kind] for kind in kinds)
 
 
@@ -138,6 +140,8 @@ def _specs(kinds: Sequence[Kind], rows: Any, columns: Any) -> tuple[PartitionSpe
         "columns": PartitionSpec(columns, rows),
         "parts": PartitionSpec(rows),
         "whole_rows": PartitionSpec(rows, None),
+        "whole_columns": PartitionSpec(None, rows),
+        "row_values": PartitionSpec(rows),
         "sum": PartitionSpec(),
     }
     return tuple(specs[kind] for kind in kinds)
@@ -214,9 +218,14 @@ def _explicit(
     """Under a mesh with explicit axes the sharding is part of the type: shard_map says it all."""
     rows, columns = _rows_and_columns(sharding.spec)
     run = _on_shards(local, kinds, dict(sharding.mesh.shape), rows, columns)
+    specs = *_matrix_specs(widths, rows, columns), PartitionSpec()
+    operands = tuple(
+        reshard(x, NamedSharding(sharding.mesh, spec))
+        for x, spec in zip(operands, specs, strict=True)
+    )
     return jax.shard_map(
         run,
-        in_specs=(*_matrix_specs(widths, rows, columns), PartitionSpec()),
+        in_specs=specs,
         out_specs=_specs(kinds, rows, columns),
         check_vma=False,
     )(*operands)

@@ -37,16 +37,21 @@ def test_one_layer_compiles_for_the_h200():
         compiled = compile_for_h200(*step_and_shapes(), donate_argnums=0)
     text = compiled.as_text()
     calls = [line for line in text.splitlines() if "custom-call" in line and "mosaic_gpu" in line]
-    # Four weights; the inputs of qkv, out and gate_up; the gradients of qkv, out and down.
+    # Four weights; the input of out; the gradients of qkv, out and down. The norms cast the inputs
+    # of qkv and gate_up.
     assert Counter(re.findall(r"/(\w*quantize)/mpmd_map", "\n".join(calls))) == {
-        "quantize": 4 + 3 + 3,
+        "quantize": 4 + 1 + 3,
+        "rmsnorm_quantize": 2,
         "swiglu_quantize": 1,
         "swiglu_grad_quantize": 1,
     }
     gemms = [g for g in fp8_dot_count(compiled).gemms if "fp8_dot" in g.op_name]
     assert len(gemms) == 12 and all(g.kind == "cublaslt_fp8" for g in gemms)
-    # Nothing is left for XLA to transpose.
+    # Nothing is left for XLA to transpose, and no norm of a block is written in 16 bits.
     assert not re.search(r"= f8e\w+\[[\d,]+\]\S* (copy|transpose)\(", text)
+    entry = text[text.index("\nENTRY") :]
+    assert "/jvp(block)/" in entry
+    assert not re.search(r"= bf16\[2,2048,1024\]\S* fusion\(.*/jvp\(block\)/", entry)
 
 
 def test_forward_gemms_of_the_blocks_by_the_kernel():

@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import hardware, rmsnorm, rmsnorm_quantize
 from pallas_kernels.fused import sm90_rmsnorm, sm90_rmsnorm_grad
-from pallas_kernels.fused.rmsnorm import make_plan
+from pallas_kernels.fused.rmsnorm import make_plan, rmsnorm_and_cast
 from pallas_kernels.fused.sm90_rmsnorm import RmsNormConfig
 from pallas_kernels.interpreter import interpret_kernels
 from tests.pallas_kernels.compile_gate import ptxas_report
@@ -112,15 +112,6 @@ def test_kernel_refuses_with_the_reason(shape, dtype, message):
         )
 
 
-def test_kernel_refuses_a_matrix_that_may_be_sharded():
-    x = jnp.zeros((128, 128), jnp.bfloat16)
-    with (
-        hardware.assume_device_kind("NVIDIA H200"),
-        pytest.raises(NotImplementedError, match="x may be split over 8 devices"),
-    ):
-        rmsnorm_quantize(x, jnp.ones(128), SCALE, eps=EPS, implementation="mosaic")
-
-
 def test_rejects():
     with pytest.raises(ValueError, match=r"weight is float32\[64\], must be float32\[128\]"):
         rmsnorm_quantize(jnp.zeros((16, 128)), jnp.ones(64), SCALE, eps=EPS)
@@ -189,6 +180,28 @@ def test_plain_value_and_gradient(implementation, shape, dtype):
     assert_gradient((y, dx, dweight), x, weight, dy, g, adds_in_16_bits=is_xla)
     if not is_xla:
         assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.mark.parametrize("gradient_implementation", ["xla", "mosaic"])
+def test_norm_and_cast_with_the_gradient_of_the_norm(gradient_implementation):
+    x, weight = inputs(128, 1024)
+    dy, g = grads_of(x.shape, "bfloat16")
+    options = dict(eps=EPS, dtype=E4M3, implementation="mosaic")
+
+    def run(x, weight):
+        y, same, cast = rmsnorm_and_cast(
+            x, weight, SCALE, gradient_implementation=gradient_implementation, **options
+        )
+        return (y, same), cast
+
+    with interpret_kernels():
+        (y, _), pullback, cast = jax.vjp(run, x, weight, has_aux=True)
+        dx, dweight = pullback((dy, g))
+        alone, rstd = rmsnorm_quantize(x, weight, SCALE, **options)
+    assert_gradient((y, dx, dweight), x, weight, dy, g)
+    rows = [q.view(E4M3) for q in (cast.q, cast.q_t)]
+    assert_close(reference.Result(*rows, cast.amax_bits), rstd, x, weight, E4M3)
+    np.testing.assert_array_equal(cast.q, reference.bits(alone.q))
 
 
 def test_gradient_keeps_a_bad_row_to_itself():

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.quantize.contract import quantize_xla
+from pallas_kernels.quantize.contract import amax_bits, quantize_xla
 from pallas_kernels.quantize.partition import per_device
 
 SCALE = jnp.float32(0.5)
@@ -114,6 +114,25 @@ def test_whole_rows_and_sums_over_the_rows(spec, axis_type):
             np.testing.assert_array_equal(got, want)
     collectives = re.findall(r"= (\S+) (?:all-\w+|collective-\w+)\(", compiled.as_text())
     assert len(collectives) == (spec != P()) and all("f32[512]" in c for c in collectives)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("data"), P("data", "tensor"), P()], ids=str)
+def test_results_of_whole_rows(spec, axis_type):
+    def local(x, vector):
+        return x * vector[-1], x.T, x.sum(axis=1), amax_bits(x)
+
+    kinds = ["whole_rows", "whole_columns", "row_values", "parts"]
+    run = lambda x, v: per_device(local, (x,), v, kinds, widths=(None,), result_width=1)  # noqa: E731
+    whole, vector = jnp.round(4 * X), jnp.arange(5.0)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(whole, NamedSharding(mesh, spec))
+        results = jax.jit(run)(split, vector)
+    *results, parts = zip(results, local(whole, vector), strict=True)
+    for got, want in results:
+        np.testing.assert_array_equal(got, want)
+    assert int(parts[0].max()) == int(parts[1].max())
 
 
 def test_shard_map_sees_its_own_part():
