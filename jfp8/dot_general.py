@@ -214,10 +214,19 @@ def _fp8_bwd(
     with jax.named_scope("fp8_dot/quantize_grad"):
         cast_grad = cast(grad, scale[GRAD], GRAD, recipe)
     with jax.named_scope("fp8_dot/dgrad"):
-        dlhs = dgrad_gemm(cast_grad, q_rhs, scale[RHS], static.lhs_dtype, static.lhs_sharding)
+        dlhs = dgrad_gemm(
+            cast_grad,
+            q_rhs,
+            scale[RHS],
+            static.lhs_dtype,
+            static.lhs_sharding,
+            recipe.gemm_implementation,
+        )
     with jax.named_scope("fp8_dot/wgrad"):
         dtype = wgrad_dtype(recipe, static.rhs_dtype)
-        drhs = wgrad_gemm(q_lhs, scale[LHS], cast_grad, dtype, static.rhs_sharding)
+        drhs = wgrad_gemm(
+            q_lhs, scale[LHS], cast_grad, dtype, static.rhs_sharding, recipe.gemm_implementation
+        )
         drhs = drhs.astype(static.rhs_dtype)
     with jax.named_scope("fp8_dot/observe"):
         counted = (

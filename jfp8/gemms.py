@@ -24,6 +24,7 @@ import pallas_kernels
 from jfp8.quantize import current_scale, group_amax_bits, quantize, statistics
 from jfp8.recipe import GemmImplementation, Recipe
 from jfp8.scaling import LHS, RHS, ScalingState
+from pallas_kernels.matmul.config import Accumulation
 from pallas_kernels.quantize.contract import Layouts
 
 # Contracted dimension of each operand as [.., rows, columns], and accumulation of FP8 GEMMs.
@@ -158,8 +159,9 @@ def forward_gemm(
 ) -> jax.Array:
     """lhs . rhs, `[.., M, N]`, by what `Recipe.gemm_implementation` says."""
     assert lhs.rows is not None
-    if implementation == "mosaic":
-        return _mosaic_gemm(lhs.rows, _columns(rhs), lhs.scale * rhs.scale, dtype)
+    if implementation != "xla":
+        scale = lhs.scale * rhs.scale
+        return _mosaic_gemm(lhs.rows, _columns(rhs), scale, dtype, "fast")
     if rhs.columns is None:
         assert rhs.rows is not None
         out = gemm(lhs.rows, rhs.rows, FWD, dtype, FAST)
@@ -168,13 +170,21 @@ def forward_gemm(
     return out * (lhs.scale * rhs.scale).astype(dtype)
 
 
-def _mosaic_gemm(lhs: jax.Array, rhs_t: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
+def _mosaic_gemm(
+    lhs: jax.Array,
+    rhs_t: jax.Array,
+    scale: jax.Array,
+    dtype: np.dtype,
+    accumulation: Accumulation,
+    sharding: NamedSharding | None = None,
+) -> jax.Array:
     def run(lhs: jax.Array, rhs_t: jax.Array) -> jax.Array:
         return pallas_kernels.fp8_matmul(
-            lhs, rhs_t, scale, out_dtype=dtype, implementation="mosaic"
+            lhs, rhs_t, scale, out_dtype=dtype, accumulation=accumulation, implementation="mosaic"
         )
 
-    return run(lhs, rhs_t) if lhs.ndim == 2 else jax.vmap(run)(lhs, rhs_t)
+    out = run(lhs, rhs_t) if lhs.ndim == 2 else jax.vmap(run)(lhs, rhs_t)
+    return out if sharding is None else reshard(out, sharding)
 
 
 def _columns(operand: Cast) -> jax.Array:
@@ -191,9 +201,13 @@ def dgrad_gemm(
     rhs_scale: jax.Array,
     dtype: np.dtype,
     sharding: NamedSharding | None = None,
+    implementation: GemmImplementation = "xla",
 ) -> jax.Array:
     """grad . rhs^T, `[.., M, K]`; `q_rhs` as `save_for_dgrad` left it."""
     assert grad.rows is not None
+    if implementation == "mosaic":
+        scale = grad.scale * rhs_scale
+        return _mosaic_gemm(grad.rows, q_rhs, scale, dtype, "exact", sharding)
     out = gemm(grad.rows, q_rhs, DGRAD, dtype, EXACT, sharding)
     return out * (grad.scale * rhs_scale).astype(dtype)
 
@@ -204,8 +218,13 @@ def wgrad_gemm(
     grad: Cast,
     dtype: np.dtype,
     sharding: NamedSharding | None = None,
+    implementation: GemmImplementation = "xla",
 ) -> jax.Array:
     """lhs^T . grad, `[.., K, N]`; `q_lhs` as `save_for_wgrad` left it."""
+    if implementation == "mosaic":
+        columns = q_lhs.swapaxes(-1, -2) if grad.columns is None else q_lhs
+        scale = lhs_scale * grad.scale
+        return _mosaic_gemm(columns, _columns(grad), scale, dtype, "exact", sharding)
     if grad.columns is None:
         assert grad.rows is not None
         out = gemm(q_lhs, grad.rows, WGRAD, dtype, EXACT, sharding)

@@ -10,7 +10,7 @@ RecipeName = Literal["bf16", "delayed", "current"]
 GradientFormat = Literal["e5m2", "e4m3"]
 Calibration = Literal["inline", "explicit"]
 QuantizeImplementation = Literal["xla", "mosaic"]
-GemmImplementation = Literal["xla", "mosaic"]
+GemmImplementation = Literal["xla", "mosaic_forward", "mosaic"]
 WeightGradDtype = Literal["float32", "bfloat16"]
 
 
@@ -41,9 +41,9 @@ class Recipe:
     """Who casts and transposes. xla: any device and shape. mosaic: Pallas kernels for Hopper, one
     pass over each tensor; M and K must be multiples of 128, N of 64. Both cast alike."""
     gemm_implementation: GemmImplementation = "xla"
-    """Who runs the forward GEMMs, which accumulate fast (the others accumulate exactly and are
-    always XLA's). xla: any device, cuBLASLt on Hopper. mosaic: the Pallas kernel for Hopper; K must
-    be a multiple of 128, N of 64."""
+    """Who runs the GEMMs. xla: any device, cuBLASLt on Hopper. mosaic_forward: the Pallas kernel
+    for Hopper runs those that accumulate fast; K must be a multiple of 128, N of 64. mosaic: it
+    runs dgrad and wgrad too, with exact accumulation; M and N must be multiples of 256."""
     weight_grad_dtype: WeightGradDtype = "float32"
     """What the GEMM of a float32 rhs's gradient writes. bfloat16 halves the memory traffic of every
     such gradient for one rounding, as torch's autocast does; the sum inside stays float32."""

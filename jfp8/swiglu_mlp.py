@@ -152,21 +152,26 @@ def _mlp_fwd(static, x, w1, w2, scale1, probe1, scale2, probe2, casts, x_cast):
 def _mlp_bwd(static, residuals, grad):
     gate_up, (saved_x, saved_w1, scale1, seen1), (saved_hidden, saved_w2, scale2, seen2) = residuals
     recipe = static.recipe
+    implementation = recipe.gemm_implementation
     q_x, q_w1 = from_bytes(saved_x, LHS, recipe), from_bytes(saved_w1, RHS, recipe)
     q_hidden, q_w2 = from_bytes(saved_hidden, LHS, recipe), from_bytes(saved_w2, RHS, recipe)
     with jax.named_scope("fp8_dot/quantize_grad"):
         cast_grad = cast(grad, scale2[GRAD], GRAD, recipe)
     with jax.named_scope("fp8_dot/dgrad"):
-        dhidden = dgrad_gemm(cast_grad, q_w2, scale2[RHS], static.x_dtype)
+        dhidden = dgrad_gemm(
+            cast_grad, q_w2, scale2[RHS], static.x_dtype, implementation=implementation
+        )
     with jax.named_scope("fp8_dot/quantize_grad"):
         dgate_up = _cast_gradient(static, gate_up, dhidden, scale1)
     with jax.named_scope("fp8_dot/wgrad"):
         dtypes = [wgrad_dtype(recipe, dtype) for dtype in static.kernel_dtypes]
-        dw1 = wgrad_gemm(q_x, scale1[LHS], dgate_up, dtypes[0]).astype(static.kernel_dtypes[0])
-        dw2 = wgrad_gemm(q_hidden, scale2[LHS], cast_grad, dtypes[1])
+        dw1 = wgrad_gemm(
+            q_x, scale1[LHS], dgate_up, dtypes[0], implementation=implementation
+        ).astype(static.kernel_dtypes[0])
+        dw2 = wgrad_gemm(q_hidden, scale2[LHS], cast_grad, dtypes[1], implementation=implementation)
         dw2 = dw2.astype(static.kernel_dtypes[1])
     with jax.named_scope("fp8_dot/dgrad"):
-        dx = dgrad_gemm(dgate_up, q_w1, scale1[RHS], static.x_dtype)
+        dx = dgrad_gemm(dgate_up, q_w1, scale1[RHS], static.x_dtype, implementation=implementation)
     with jax.named_scope("fp8_dot/observe"):
         m, f = dhidden.shape
         first = _observation(static, (m, q_w1.shape[0]), q_w1, (m, 2 * f), seen1, dgate_up)

@@ -178,8 +178,8 @@ class Fp8Config:
     """Run the three GEMMs of the output head in FP8 too; never with the recipe bf16."""
     quantize_implementation: Literal["xla", "mosaic"] = "xla"
     """xla: any device. mosaic: Hopper's Pallas kernels, which cast and transpose in one pass."""
-    gemm_implementation: Literal["xla", "mosaic"] = "xla"
-    """Of the blocks' forward GEMMs. xla: any device. mosaic: Hopper's Pallas kernel."""
+    gemm_implementation: Literal["xla", "mosaic_forward", "mosaic"] = "xla"
+    """Of the blocks' GEMMs. xla: any device. mosaic: Hopper's Pallas kernel."""
     weight_grad_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What weight-gradient GEMMs write, under any recipe; sums over microbatches are float32."""
     minimum_fraction: float = 0.95

@@ -1,4 +1,4 @@
-"""dot_general with forward GEMMs by the Mosaic kernel, in the CPU interpreter and as compiled."""
+"""dot_general with its GEMMs by the Mosaic kernel, in the CPU interpreter and as compiled."""
 
 import dataclasses
 import functools
@@ -16,11 +16,12 @@ from pallas_kernels.interpreter import interpret_kernels
 from tests.aot import compile_for_h200
 from tests.jfp8 import reference
 
-M, K, N = 64, 128, 64
+M, K, N = 256, 128, 256
 DENSE = (((1,), (0,)), ((), ()))
 BATCHED = (((2,), (1,)), ((0,), (0,)))
 XLA = jfp8.Recipe(name="current")
 MOSAIC = dataclasses.replace(XLA, gemm_implementation="mosaic")
+FORWARD = dataclasses.replace(XLA, gemm_implementation="mosaic_forward")
 
 
 def run(recipe, numbers, x, w):
@@ -43,16 +44,20 @@ def assert_close(got, want):
     assert np.abs(got - want).max() <= 2.0**-20 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("batch", [(), (2,)], ids=["matrix", "stack"])
-def test_same_result_gradients_and_observation_as_xla(batch):
+@pytest.mark.parametrize(
+    ("batch", "casts"), [((), "mosaic"), ((2,), "xla")], ids=["matrix", "stack"]
+)
+def test_same_result_gradients_and_observation_as_xla(batch, casts):
     size = int(np.prod(batch))
     x = reference.normal(0, size * M, K).reshape(*batch, M, K)
     w = reference.normal(1, size * K, N).reshape(*batch, K, N)
     numbers = BATCHED if batch else DENSE
-    out, dx, dw, state = run(MOSAIC, numbers, x, w)
-    want = run(XLA, numbers, x, w)
+    mosaic, xla = (dataclasses.replace(r, quantize_implementation=casts) for r in (MOSAIC, XLA))
+    out, dx, dw, state = run(mosaic, numbers, x, w)
+    want = run(xla, numbers, x, w)
     assert_close(out, want[0])
-    # The gradient of the loss is the result itself: the same to the last 8-bit value but for ties.
+    # The gradient of the loss is the result itself, cast to two bits of mantissa: where a rounding
+    # of it falls on the other side of a tie, it is off by a quarter.
     for got, expected in zip((dx, dw), want[1:3], strict=True):
         norm = np.linalg.norm(expected)
         assert np.linalg.norm(np.asarray(got) - np.asarray(expected)) <= 0.01 * norm
@@ -80,14 +85,15 @@ def struct(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def kinds(report):
+def sizes_of(report):
     return sorted((g.kind, g.m, g.n, g.k, g.op_name.split("fp8_dot/")[1][:3]) for g in report.gemms)
 
 
-def test_reports_count_the_kernel_as_an_fp8_gemm():
+@pytest.mark.parametrize("base", [FORWARD, MOSAIC], ids=["forward", "all"])
+def test_reports_count_the_kernel_as_an_fp8_gemm(base):
     m, k, n = 1024, 512, 2048
     recipe = dataclasses.replace(
-        MOSAIC, name="delayed", calibration="explicit", quantize_implementation="mosaic"
+        base, name="delayed", calibration="explicit", quantize_implementation="mosaic"
     )
 
     def layer(x, w, state, grad):
@@ -102,12 +108,14 @@ def test_reports_count_the_kernel_as_an_fp8_gemm():
         compiled = compile_for_h200(layer, *arguments)
     sizes = {"fwd": (m, n, k), "dgr": (m, k, n), "wgr": (k, n, m)}
     for report, exact in ((lowered_dot_count(lowered), "dot"), (fp8_dot_count(compiled), "cub")):
-        found = {name: (kind, *rest) for kind, *rest, name in kinds(report)}
+        found = {name: (kind, *rest) for kind, *rest, name in sizes_of(report)}
         assert found.keys() == sizes.keys() and report.other_count == 0
         assert found["fwd"] == ("mosaic_fp8", *sizes["fwd"])
         for name in ("dgr", "wgr"):
             kind, *size = found[name]
-            assert kind.startswith(exact) and sorted(size) == sorted(sizes[name])
+            assert kind.startswith(exact if base == FORWARD else "mosaic_fp8") and sorted(
+                size
+            ) == sorted(sizes[name])
         assert report.fp8_flops == 3 * 2 * m * n * k
 
 
@@ -119,3 +127,18 @@ def test_both_gemms_of_the_mlp_are_the_kernel():
     with hardware.assume_device_kind("NVIDIA H200"):
         lowered = jax.jit(mlp).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert [g.kind for g in lowered_dot_count(lowered).gemms] == ["mosaic_fp8"] * 2
+
+
+def test_all_six_gemms_of_the_mlp_and_its_gradient_are_the_kernel():
+    recipe = dataclasses.replace(MOSAIC, name="delayed", calibration="explicit")
+    state = jax.eval_shape(lambda: jfp8.init_state(recipe))
+
+    def loss(x, w1, w2, states):
+        out = swiglu_mlp(x, w1, w2, *states, recipe=recipe, group=128)
+        return out.sum(), out
+
+    arguments = struct(1024, 512), struct(512, 2048), struct(1024, 512), (state, state)
+    with hardware.assume_device_kind("NVIDIA H200"):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+        lowered = gradient.trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert [g.kind for g in lowered_dot_count(lowered).gemms] == ["mosaic_fp8"] * 6

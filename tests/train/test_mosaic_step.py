@@ -54,13 +54,15 @@ def test_one_layer_compiles_for_the_h200():
     assert not re.search(r"= bf16\[2,2048,1024\]\S* fusion\(.*/jvp\(block\)/", entry)
 
 
-def test_forward_gemms_of_the_blocks_by_the_kernel():
+@pytest.mark.parametrize("implementation, kernels", [("mosaic_forward", 4), ("mosaic", 12)])
+def test_gemms_of_the_blocks_by_the_kernel(implementation, kernels):
     with hardware.assume_device_kind("NVIDIA H200"):
-        step, *shapes = step_and_shapes("--fp8.gemm-implementation", "mosaic")
+        step, *shapes = step_and_shapes("--fp8.gemm-implementation", implementation)
         lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",))
     report = lowered_dot_count(lowered, op_name="fp8_dot/")
     forward = report.matching("fp8_dot/fwd")
     assert [g.kind for g in forward.gemms] == ["mosaic_fp8"] * 4
+    assert sum(g.kind == "mosaic_fp8" for g in report.gemms) == kernels
     assert len(report.gemms) == 12 and report.fp8_flop_fraction == 1
     assert report.fp8_flops == 3 * forward.fp8_flops
 
