@@ -83,13 +83,21 @@ class _Tile(NamedTuple):
     def for_each_step(self, body: Any) -> Array:
         """Calls body(head, block, step) for each head of the group and each block of queries;
         returns the number of steps.
+
+        Tiles that add to the same block at the same time wait for each other. So where all tiles
+        see the same blocks, and no order is asked for, each begins with another one.
         """
         first_head = self.kv_head * self.plan.group
         count = self.blocks.stop - self.blocks.start
+        first = jnp.int32(0)
+        if self.plan.spec.band.right is None and not self.plan.takes_turns:
+            first = lax.div(self.kv_tile * count, jnp.int32(self.plan.num_kv_tiles))
 
         def in_head(g: Array, _: None) -> None:
             def in_block(i: Array, _: None) -> None:
-                body(first_head + g, self.blocks.start + i, g * count + i)
+                position = first + i
+                position -= jnp.where(position >= count, count, 0)
+                body(first_head + g, self.blocks.start + position, g * count + i)
 
             lax.fori_loop(0, count, in_block, None)
 

@@ -95,7 +95,7 @@ def rescale(out: Array, decay: Array, *, interpret: bool) -> Array:
             spread = [vector.broadcast(pairs[0, 0].type, x) for x in decays]
             scaled = [arith.mulf(x, spread[i % 2]) for i, x in enumerate(pairs.flat)]
             scf.YieldOp(scaled)
-        with ir.InsertionPoint(branch.else_block):
+        with ir.InsertionPoint(_else(branch)):
             scf.YieldOp(list(pairs.flat))
         registers = np.empty(out.registers.size, dtype=object)
         registers[:] = list(branch.results)
@@ -119,10 +119,15 @@ def _follow(tops: list[Any], old: list[Any], limits: list[Any]) -> tuple[list[An
             grows = arith.cmpf(arith.CmpFPredicate.OGT, top, limit)
             new.append(arith.select(grows, top, reference))
         scf.YieldOp([*new, *(_exp2(arith.subf(x, y)) for x, y in zip(old, new, strict=True))])
-    with ir.InsertionPoint(branch.else_block):
+    with ir.InsertionPoint(_else(branch)):
         scf.YieldOp([*old, _f32(1.0), _f32(1.0)])
     results = list(branch.results)
     return results[:2], results[2:]
+
+
+def _else(branch: scf.IfOp) -> ir.Block:
+    assert branch.else_block is not None
+    return branch.else_block
 
 
 def _any(x: Any) -> Any:
@@ -132,7 +137,7 @@ def _any(x: Any) -> Any:
         "{ .reg .pred p, q; setp.ne.u32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff;"
         " selp.u32 $0, 1, 0, q; }"
     )
-    flag = llvm.inline_asm(i32, [arith.extui(i32, x)], vote, "=r,r", has_side_effects=True)
+    flag: Any = llvm.inline_asm(i32, [arith.extui(i32, x)], vote, "=r,r", has_side_effects=True)
     return arith.cmpi(arith.CmpIPredicate.ne, flag, mgpu.utils.c(0, i32))
 
 
