@@ -25,6 +25,7 @@ from pallas_kernels.flash_attention import (
 )
 from pallas_kernels.flash_attention.config import AttentionSpec, BackwardConfig, ForwardConfig
 from pallas_kernels.flash_attention.masks import Band
+from pallas_kernels.flash_attention.sm90_isolation import BAD_LSE
 from pallas_kernels.mosaic import GMEM_ROWS
 from pallas_kernels.numerics import LOG2E
 
@@ -201,8 +202,11 @@ def backward(
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = _backward_segment_operands(plan, q_segment_ids, kv_segment_ids)
     delta = (dout.astype(jnp.float32) * out).sum(axis=3) - dlse
+    # What is wrong with a query is told by its lse alone; see `sm90_isolation`.
+    is_bad = ~jnp.isfinite(delta) | (jnp.isnan(lse) | (lse == jnp.inf))
     # A query that sees no key has lse = -inf: its probabilities are 0, not 1 / 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    lse, delta = jnp.where(is_bad, BAD_LSE, lse), jnp.where(is_bad, 0.0, delta)
     padding = ((0, 0), (0, 0), (0, plan.padded_query_length - spec.query_length))
     lse = jnp.pad(lse.transpose(0, 2, 1), padding, constant_values=jnp.inf)
     delta = jnp.pad(delta.transpose(0, 2, 1), padding)

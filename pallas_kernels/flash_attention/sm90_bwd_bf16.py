@@ -56,7 +56,9 @@ from pallas_kernels.flash_attention.sm90_bwd_loop import (
     Loop,
     add_dq,
     await_turn,
+    clean_keys,
     dq_part_of,
+    load_queries,
     pass_turn,
     pin,
 )
@@ -71,16 +73,14 @@ from pallas_kernels.flash_attention.sm90_bwd_plan import (
     tile_of,
 )
 from pallas_kernels.flash_attention.sm90_fwd_plan import cta_tiles
-from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, launcher
+from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, keep_equal, launcher
 from pallas_kernels.numerics import LOG2E
-
-_NEG_INF = float("-inf")
 
 
 def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, turns: Any) -> None:
     """Loads K and V of each tile, then its blocks of Q and dO, as their buffers become free."""
     count, index = cta_tiles(plan)
-    block_q, block_kv = plan.config.block_q, plan.config.block_kv
+    block_kv = plan.config.block_kv
 
     def load_tile(i: Array, first_step: Array) -> Array:
         tile = tile_of(plan, index(i))
@@ -93,24 +93,7 @@ def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
             plgpu.copy_gmem_to_smem(gmem, smem, scratch.kv_full)
 
         def load_block(step: Array, _: None) -> None:
-            head, block = loop.block(step)
-            rows = pl.ds(block * block_q, block_q)
-            slot = loop.q_slot(step)
-            full = scratch.q_full.at[slot]
-            plgpu.barrier_wait(scratch.q_free.at[slot])
-            plgpu.copy_gmem_to_smem(inputs.q.at[tile.batch, rows, head], scratch.q.at[slot], full)
-            lse = inputs.lse.at[tile.batch, head, rows]
-            plgpu.copy_gmem_to_smem(lse, scratch.lse.at[slot], full)
-            if plan.spec.has_segments:
-                ids = inputs.q_ids.at[tile.batch, rows]
-                plgpu.copy_gmem_to_smem(ids, scratch.q_ids.at[slot], full)
-
-            slot = loop.do_slot(step)
-            full = scratch.do_full.at[slot]
-            plgpu.barrier_wait(scratch.do_free.at[slot])
-            plgpu.copy_gmem_to_smem(inputs.do.at[tile.batch, rows, head], scratch.do.at[slot], full)
-            delta = inputs.delta.at[tile.batch, head, rows]
-            plgpu.copy_gmem_to_smem(delta, scratch.delta.at[slot], full)
+            load_queries(loop, step)
             if plan.takes_turns:
                 # Not before the loads that the step before needs to get to its turn.
                 pl.when(step > 0)(lambda: await_turn(loop, step - 1))
@@ -152,6 +135,7 @@ def _compute(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
         loop = Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, kv_ids)
         accumulator = plgpu.ACC((ROWS, plan.channels), jnp.float32)
         plgpu.barrier_wait(scratch.kv_full)
+        clean_keys(loop)
         dk, dv = pl.run_scoped(functools.partial(_meet_queries, loop), accumulator, accumulator)
         plgpu.barrier_arrive(scratch.kv_free)
         # Working these out anew is cheaper than holding them in registers through the loop.
@@ -249,7 +233,8 @@ def _share_ds(loop: Loop, step: Array, p: Array, dp: Array) -> Array:
     # P as rounded for dV: the float32 values would need too many registers.
     ds = p.astype(jnp.float32) * (dp - _columns(delta, p.shape))
     ds = ds.astype(plan.spec.dtype)
-    loop.own_keys(loop.ds(step))[...] = ds
+    for i in range(plan.config.block_q // ROWS):
+        loop.own_keys(loop.ds(step).at[i])[...] = ds[:, ROWS * i : ROWS * (i + 1)]
     plgpu.commit_smem()
     if not plan.config.split_channels:
         plgpu.barrier_arrive(loop.scratch.exchange)
@@ -270,8 +255,8 @@ def _finish_block(
     def dq_part(part: Array | int, _: None) -> None:
         def product(dq_acc: Any) -> None:
             rows, columns = dq_part_of(plan, part)
-            operand = loop.ds(step).at[:, rows].transpose((1, 0))
-            plgpu.wgmma(dq_acc, operand, scratch.k.at[:, columns])
+            operand = loop.ds(step).at[lax.div(rows.start, jnp.int32(ROWS))]
+            plgpu.wgmma(dq_acc, operand.transpose((1, 0)), scratch.k.at[:, columns])
             if issue_next is not None:
                 issue_next()
             dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=int(issue_next is not None))
@@ -345,22 +330,22 @@ def _columns(x: Array, shape: tuple[int, ...]) -> Array:
 
 def _mask(loop: Loop, step: Array, s: Array) -> Array:
     """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
-    plan, spec, queries = loop.plan, loop.plan.spec, loop.queries
-    is_ragged = spec.key_length % plan.config.block_kv != 0
-    if spec.band.is_full and not spec.has_segments and not is_ragged:
+    plan, spec = loop.plan, loop.plan.spec
+    if not plan.isolates and not plan.is_ragged:
         return s
     _, block = loop.block(step)
     first_query = block * plan.config.block_q
 
     def masked() -> Array:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
-        key = row + _first_key(plan, loop.tile)
+        # Without the pin the bounds are worked out ahead, and held in registers.
+        key = row + pin(plan, _first_key(plan, loop.tile))
         # Columns of this block: the queries that see the key of each row. Those past the end have
         # lse = +inf, so their P is 0.
         last = _row_constant(plan.config.block_q - 1)
         if spec.band.left is not None:
             last = key + (spec.band.left - first_query)
-        if is_ragged or spec.band.is_full:
+        if plan.is_ragged or spec.band.is_full:
             last = jnp.where(key < spec.key_length, last, -1)
         first = None
         if spec.band.right is not None:
@@ -370,13 +355,9 @@ def _mask(loop: Loop, step: Array, s: Array) -> Array:
         if loop.kv_ids is None:
             return seen
         q_ids = plgpu.load(loop.scratch.q_ids.at[loop.q_slot(step)], layout=PER_COLUMN)
-        same = lax.broadcast_in_dim(loop.kv_ids, s.shape, [0]) == _columns(q_ids, s.shape)
-        return jnp.where(same, seen, _NEG_INF)
+        return keep_equal(seen, loop.kv_ids, q_ids, interpret=plan.interpret)
 
-    needs_mask = (block < queries.full_start) | (block >= queries.full_stop)
-    if is_ragged:
-        needs_mask |= loop.tile.kv_tile == plan.num_kv_tiles - 1
-    return lax.cond(needs_mask, masked, lambda: s)
+    return lax.cond(loop.needs_mask(step), masked, lambda: s)
 
 
 def _store(loop: Loop, dk: Array, dv: Array) -> None:
@@ -388,10 +369,13 @@ def _store(loop: Loop, dk: Array, dv: Array) -> None:
     pass_turn(loop, loop.num_steps - 1)
     for value, target in ((dv, loop.outputs.dv), (dk * plan.spec.softmax_scale, loop.outputs.dk)):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer[...] = value.astype(plan.spec.dtype)
-        plgpu.commit_smem()
+        value = value.astype(plan.spec.dtype)
         target = loop.own_channels(target.at[tile.batch, keys, tile.kv_head])
-        plgpu.copy_smem_to_gmem(buffer, target)
+        for i in range(plan.channels // ROWS):
+            buffer.at[i][...] = value[:, ROWS * i : ROWS * (i + 1)]
+        plgpu.commit_smem()
+        for i in range(plan.channels // ROWS):
+            plgpu.copy_smem_to_gmem(buffer.at[i], target.at[:, pl.ds(ROWS * i, ROWS)])
 
 
 def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
@@ -436,8 +420,9 @@ def launch(
       k: `[B, S, K, H]`.
       v: like k.
       do: gradient of the output, like q.
-      lse: `[B, N, padded T]`, float32, in base 2; +inf for queries that see no key.
-      delta: `[B, N, padded T]`, float32: rowsum(do * out) - gradient of the log-sum-exp.
+      lse: `[B, N, padded T]`, float32, in base 2; +inf for queries that see no key, `BAD_LSE` for
+        those that have something not finite.
+      delta: `[B, N, padded T]`, float32, finite: rowsum(do * out) - gradient of the log-sum-exp.
       segments: `()`, or the last three or (if `plan.takes_turns`) four fields of `Inputs`.
       plan: shapes, config and device.
 

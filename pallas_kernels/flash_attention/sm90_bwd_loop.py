@@ -1,4 +1,5 @@
-"""Flash attention backward, SM90: what stays the same in the loop over queries, and how dQ leaves.
+"""Flash attention backward, SM90: what stays the same in the loop over queries, how queries arrive,
+and how dQ leaves.
 
 Split from `sm90_bwd_bf16`, whose text explains the warps and barriers.
 """
@@ -6,6 +7,7 @@ Split from `sm90_bwd_bf16`, whose text explains the warps and barriers.
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim, C compute
 # warpgroups.
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from pallas_kernels.flash_attention.sm90_bwd_plan import (
     Tile,
     turn_of,
 )
+from pallas_kernels.flash_attention.sm90_isolation import fill_bad_rows, make_finite
 from pallas_kernels.mosaic import ROWS
 
 
@@ -71,6 +74,14 @@ class Loop(NamedTuple):
             return self.tile.kv_head, step
         return self.tile.kv_head * self.plan.group + lax.div(step, blocks), lax.rem(step, blocks)
 
+    def needs_mask(self, step: Array) -> Array:
+        """Returns whether some pair of a step's block is masked."""
+        _, block = self.block(step)
+        needs_mask = (block < self.queries.full_start) | (block >= self.queries.full_stop)
+        if self.plan.is_ragged:
+            needs_mask |= self.tile.kv_tile == self.plan.num_kv_tiles - 1
+        return needs_mask
+
     def q_slot(self, step: Array) -> Array:
         """Returns which buffers hold Q, lse and ids of a step."""
         return lax.rem(self.first_step + step, jnp.int32(self.plan.config.num_q_stages))
@@ -84,7 +95,7 @@ class Loop(NamedTuple):
         return lax.rem(self.first_step + step, jnp.int32(NUM_TURN_BARRIERS))
 
     def ds(self, step: Array) -> Any:
-        """Returns the buffer of dS^T of a step, `[block_kv, block_q]`."""
+        """Returns the buffer of dS^T of a step, `[block_q / 64, block_kv, 64]`."""
         if self.plan.config.split_channels:
             return self.scratch.ds.at[lax.axis_index("wg")]
         return self.scratch.ds.at[lax.rem(self.first_step + step, jnp.int32(2))]
@@ -104,6 +115,68 @@ class Loop(NamedTuple):
             return x
         half = self.plan.spec.head_dim // 2
         return x.at[:, pl.ds(lax.axis_index("wg") * half, half)]
+
+
+def clean_keys(loop: Loop) -> None:
+    """Makes K and V of a tile finite, if it meets a mask."""
+    plan, scratch = loop.plan, loop.scratch
+    if not plan.isolates:
+        return
+    # Nobody else uses these before `exchange`, or where both warpgroups share their keys, ...
+    rows = plan.config.block_kv // plan.config.compute_warpgroups
+    keys = pl.ds(lax.axis_index("wg") * rows, rows)
+    make_finite(scratch.k.at[keys], scratch.v.at[keys], interpret=plan.interpret)
+    plgpu.commit_smem()
+    if plan.config.split_channels:  # ... before this.
+        plgpu.barrier_arrive(scratch.exchange)
+        plgpu.barrier_wait(scratch.exchange)
+
+
+def load_queries(loop: Loop, step: Array) -> None:
+    """Loads Q, lse and segment ids, dO and delta of a step, as their buffers become free; what
+    belongs to a bad query as zeros, if the block has a mask.
+    """
+    if loop.plan.isolates:
+        load = functools.partial(_load_queries, loop, step)
+        lax.cond(loop.needs_mask(step), lambda: load(True), lambda: load(False))
+    else:
+        _load_queries(loop, step, False)
+
+
+def _load_queries(loop: Loop, step: Array, is_checked: bool) -> None:
+    plan, inputs, scratch = loop.plan, loop.inputs, loop.scratch
+    batch = loop.tile.batch
+    head, block = loop.block(step)
+    rows = pl.ds(block * plan.config.block_q, plan.config.block_q)
+    q_slot, do_slot = loop.q_slot(step), loop.do_slot(step)
+    q_full, do_full = scratch.q_full.at[q_slot], scratch.do_full.at[do_slot]
+    q_arrived, do_arrived = q_full, do_full
+    if is_checked:
+        q_arrived, do_arrived = scratch.checked.at[0], scratch.checked.at[1]
+
+    def check(target: Any, arrived: Any, full: Any) -> None:
+        if is_checked:
+            plgpu.barrier_wait(arrived)
+            fill_bad_rows(target, scratch.lse.at[q_slot], 0.0, interpret=plan.interpret)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full)
+            plgpu.barrier_arrive(full)
+
+    q_smem, do_smem = scratch.q.at[q_slot], scratch.do.at[do_slot]
+    plgpu.barrier_wait(scratch.q_free.at[q_slot])
+    if plan.spec.has_segments:
+        plgpu.copy_gmem_to_smem(inputs.q_ids.at[batch, rows], scratch.q_ids.at[q_slot], q_full)
+    plgpu.copy_gmem_to_smem(inputs.q.at[batch, rows, head], q_smem, q_arrived)
+    plgpu.copy_gmem_to_smem(inputs.lse.at[batch, head, rows], scratch.lse.at[q_slot], q_arrived)
+    if plan.config.num_do_stages == 1:  # dO has to wait for the step before, and Q need not
+        check(q_smem, q_arrived, q_full)
+    plgpu.barrier_wait(scratch.do_free.at[do_slot])
+    plgpu.copy_gmem_to_smem(inputs.do.at[batch, rows, head], do_smem, do_arrived)
+    delta = inputs.delta.at[batch, head, rows]
+    plgpu.copy_gmem_to_smem(delta, scratch.delta.at[do_slot], do_arrived)
+    if plan.config.num_do_stages > 1:
+        check(q_smem, q_arrived, q_full)
+    check(do_smem, do_arrived, do_full)
 
 
 def pin(plan: Plan, x: Any) -> Any:

@@ -115,6 +115,18 @@ class Plan:
         return self.spec.deterministic is True
 
     @property
+    def isolates(self) -> bool:
+        """Whether bad values are kept from positions that may not see them (`sm90_isolation`);
+        where no pair is masked, there are none.
+        """
+        return self.spec.has_segments or not self.spec.band.is_full
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the last tile reaches past the last key."""
+        return self.spec.key_length % self.config.block_kv != 0
+
+    @property
     def num_turns(self) -> int:
         """Counters of the deterministic mode; nobody reads the last one."""
         return self.spec.batch_size * self.spec.num_heads * self.num_q_blocks + 1
@@ -130,8 +142,10 @@ class Scratch(NamedTuple):
     lse: Any  # [num_q_stages, block_q], float32, base 2
     delta: Any  # [num_do_stages, block_q], float32
     q_ids: Any  # [num_q_stages, block_q], int32, or None
-    ds: Any  # [2, block_kv, block_q]: dS^T of this step and of the last, or of each warpgroup
-    staging: Any  # what leaves: dQ [C, *dq_shape], float32, or dV, dK [C, ROWS, channels]
+    # Matrices that are written from registers are cut into 64 columns: the addresses within all of
+    # them are then the same, and take few registers.
+    ds: Any  # [2, block_q / 64, block_kv, 64]: dS^T of this step and the last, or of each warpgroup
+    staging: Any  # what leaves: dQ [C, *dq_shape], float32, or dV, dK [C, channels / 64, ROWS, 64]
     operand: Any  # [C, 2, ROWS, block_q], interpreter only: A operands of dV and dK
     kv_full: Any  # TMA -> compute: K and V
     q_full: Any  # TMA -> compute, one per stage: Q, lse (and segment ids)
@@ -141,6 +155,7 @@ class Scratch(NamedTuple):
     do_free: Any  # compute -> producer, one per stage
     exchange: Any  # compute -> compute: dS^T of all warpgroups is in shared memory
     turn: Any  # producer -> compute, several in turn: dQ of a step may be added to; or None
+    checked: Any  # TMA -> producer, two: Q and lse, dO and delta of a masked block; or None
 
 
 def scratch_types(plan: Plan) -> Scratch:
@@ -154,7 +169,7 @@ def scratch_types(plan: Plan) -> Scratch:
         return plgpu.SMEM(shape, dtype, transforms=tile_transforms(jnp.dtype(dtype).itemsize))
 
     dq = tile((wgs, *plan.dq_shape), jnp.float32)
-    gradients = tile((wgs, ROWS, plan.channels))
+    gradients = tile((wgs, plan.channels // ROWS, ROWS, ROWS))
     return Scratch(
         k=tile((block_kv, head_dim)),
         v=tile((block_kv, head_dim)),
@@ -163,7 +178,7 @@ def scratch_types(plan: Plan) -> Scratch:
         lse=plgpu.SMEM((q_stages, block_q), jnp.float32),
         delta=plgpu.SMEM((do_stages, block_q), jnp.float32),
         q_ids=plgpu.SMEM((q_stages, block_q), jnp.int32) if spec.has_segments else None,
-        ds=tile((2, block_kv, block_q)),  # C == 2
+        ds=tile((2, block_q // ROWS, block_kv, ROWS)),  # C == 2
         # The interpreter knows no unions; it adds to dQ without staging.
         staging=((), (gradients,)) if plan.interpret else plgpu.RefUnion((dq,), (gradients,)),
         operand=tile((wgs, 2, ROWS, block_q)) if plan.interpret else None,
@@ -175,6 +190,7 @@ def scratch_types(plan: Plan) -> Scratch:
         do_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=do_stages),
         exchange=plgpu.Barrier(num_arrivals=wgs),
         turn=plgpu.Barrier(num_barriers=NUM_TURN_BARRIERS) if plan.takes_turns else None,
+        checked=plgpu.Barrier(num_arrivals=2, num_barriers=2) if plan.isolates else None,
     )
 
 
@@ -190,8 +206,9 @@ class Inputs(NamedTuple):
     k: Any  # [B, S, K, H]
     v: Any  # [B, S, K, H]
     do: Any  # [B, T, N, H]: gradient of the output
-    lse: Any  # [B, N, padded T], float32: log2 of the softmax's denominator; +inf: sees no key
-    delta: Any  # [B, N, padded T], float32: rowsum(dO * O) - gradient of the log-sum-exp
+    lse: Any  # [B, N, padded T], float32: log2 of the softmax's denominator; +inf: sees no key;
+    # BAD_LSE: something about this query is not finite
+    delta: Any  # [B, N, padded T], float32, finite: rowsum(dO * O) - gradient of the log-sum-exp
     q_ids: Any  # [B, padded T], int32, or None
     kv_ids: Any  # [B, padded S], int32, or None
     block_ranges: Any  # [B, num_kv_tiles, 4], int32, or None: see `QueryRange`

@@ -10,7 +10,14 @@ a mask, and its weight NaN where it is seen:
             the mask takes away those that nobody may see. If all is finite, this costs a look at
             some registers for each tile.
 
-An infinite key whose logit is -inf has the weight 0 in the forward, as any other such logit.
+  backward  `sm90` gives a query whose log-sum-exp or delta is not finite the log-sum-exp BAD_LSE.
+            Then P is +inf where a key is seen, and exp2(-inf) = 0 where it is masked. In blocks
+            with a mask its rows of Q and dO become zeros, as they do if it sees no key. In tiles
+            that meet a mask K and V are made finite: whoever sees such a key has BAD_LSE anyway,
+            because its output or log-sum-exp is not finite either.
+
+An infinite key whose logit is -inf has the weight 0 in the forward, as any other such logit, and in
+the backward, where it counts as the largest finite number.
 """
 
 # Shapes: R rows, H head dim.
@@ -28,6 +35,8 @@ from jaxlib.mlir.dialects import arith, llvm, math, vector
 from pallas_kernels.mosaic import MATRIX, ROWS, tile_transforms
 
 NAN = float("nan")
+BAD_LSE = -1e30
+"""log2 of the softmax's denominator of a bad query: finite, so that exp2(-inf - BAD_LSE) is 0."""
 _TILE = plgpu.RefType(tile_transforms(2))
 _LANES = 8  # threads that share a row of a tile: each has 16 bytes of every 128
 _CHUNK = 8  # elements in these 16 bytes
@@ -101,7 +110,7 @@ def find_bad_rows(tiles: tuple[Any, ...], flags: Any, *, interpret: bool) -> Non
 
 
 def fill_bad_rows(tile: Any, flags: Any, value: float, *, interpret: bool) -> None:
-    """Overwrites the rows of a tile whose flag is not finite; `plgpu.commit_smem` has to follow.
+    """Overwrites rows of a tile unless |flag| < |BAD_LSE|; `plgpu.commit_smem` has to follow.
 
     Args:
       tile: shared memory, `[R, H]` of 16 bits with `tile_transforms`; R a multiple of 16.
@@ -110,8 +119,8 @@ def fill_bad_rows(tile: Any, flags: Any, value: float, *, interpret: bool) -> No
       interpret: use the twin in plain JAX.
     """
     if interpret:
-        is_finite = jnp.isfinite(flags[...])[:, None]
-        tile[...] = jnp.where(is_finite, tile[...], jnp.asarray(value, tile.dtype))
+        is_good = (jnp.abs(flags[...]) < -BAD_LSE)[:, None]
+        tile[...] = jnp.where(is_good, tile[...], jnp.asarray(value, tile.dtype))
         return
 
     @plgpu.inline_mgpu(arg_types=(_TILE, plgpu.RefType()))
@@ -122,13 +131,57 @@ def fill_bad_rows(tile: Any, flags: Any, value: float, *, interpret: bool) -> No
 
         def fill_row(row: Any) -> None:
             flag = vector.extract(vector.load(_vector(1, f32), flags, [row]), [], [0])
-            with mgpu.utils.when(_is_nan(arith.mulf(flag, mgpu.utils.c(0.0, f32)))):
+            bound = mgpu.utils.c(-BAD_LSE, f32)
+            with mgpu.utils.when(arith.cmpf(arith.CmpFPredicate.UGE, math.absf(flag), bound)):
                 for index in _chunks(tile, row):
                     vector.store(chunk, tile, index)
 
         _for_each_row(tile, fill_row)
 
     fill(tile, flags)
+
+
+def make_finite(k: Any, v: Any, *, interpret: bool) -> None:
+    """Bounds elements of `k` by the largest finite number, and makes those of `v` that are not
+    finite 0; `plgpu.commit_smem` has to follow.
+
+    Args:
+      k: shared memory, `[R, H]` of 16 bits with `tile_transforms`; R a multiple of 16.
+      v: like k.
+      interpret: use the twin in plain JAX.
+    """
+    if interpret:
+        largest = jnp.asarray(jnp.finfo(k.dtype).max, k.dtype)
+        k[...] = jnp.where(jnp.isnan(k[...]), -largest, jnp.clip(k[...], -largest, largest))
+        v[...] = jnp.where(jnp.isfinite(v[...]), v[...], jnp.zeros((), v.dtype))
+        return
+    largest = float(jnp.finfo(k.dtype).max)
+
+    @plgpu.inline_mgpu(arg_types=(_TILE, _TILE))
+    def clean(_: Any, k: Any, v: Any) -> None:
+        element = ir.MemRefType(k.type).element_type
+        chunk_type = _vector(_CHUNK, element)
+
+        def splat(value: float) -> Any:
+            return vector.broadcast(chunk_type, mgpu.utils.c(value, element))
+
+        def bounded(x: Any) -> Any:
+            return arith.minnumf(arith.maxnumf(x, splat(-largest)), splat(largest))
+
+        def zeroed(x: Any) -> Any:
+            products = arith.mulf(x, splat(0.0))
+            is_finite = arith.cmpf(arith.CmpFPredicate.ORD, products, products)
+            return arith.select(is_finite, x, splat(0.0))
+
+        def clean_row(row: Any) -> None:
+            for tile, make in ((k, bounded), (v, zeroed)):
+                with mgpu.utils.when(_is_nan(_sum_of_zeros((tile,), row))):
+                    for index in _chunks(tile, row):
+                        vector.store(make(vector.load(chunk_type, tile, index)), tile, index)
+
+        _for_each_row(k, clean_row)
+
+    clean(k, v)
 
 
 def _sum_of_zeros(tiles: Any, row: Any) -> Any:
