@@ -37,3 +37,39 @@ def test_any_order_agrees_with_the_deterministic_order(h):
         # Float32 sums in another order, then one rounding to bfloat16.
         ordered, free = (np.asarray(x, np.float32) for x in (ordered, free))
         np.testing.assert_allclose(free, ordered, atol=2.0**-8 * np.abs(ordered).max())
+
+
+@pytest.mark.parametrize("h", [64, 128, 256])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_with_its_document(h, value):
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = [jax.random.normal(key, (2, 1024, 4, h), jnp.bfloat16) for key in keys]
+    # Of documents of 150 tokens, only that of token 400 may notice.
+    ids = jnp.tile(jnp.arange(1024, dtype=jnp.int32) // 150, (2, 1))
+    is_bad = np.asarray(ids[0]) == 400 // 150
+
+    def run(q, k, v, dout):
+        def attend(q, k, v):
+            return flash_attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                q_segment_ids=ids,
+                kv_segment_ids=ids,
+                implementation="mosaic",
+            )
+
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(dout)
+
+    clean = jax.jit(run)(*arrays)
+    for which in range(4):
+        spoiled = [x.at[:, 400, :, 3].set(value) if i == which else x for i, x in enumerate(arrays)]
+        got = jax.jit(run)(*spoiled)
+        for i, (x, y) in enumerate(zip(got, clean, strict=True)):
+            x, y = (np.asarray(a, np.float32)[:, ~is_bad] for a in (x, y))
+            # Gradients of queries are added in any order.
+            np.testing.assert_allclose(x, y, atol=2.0**-8 * np.abs(y).max() if i == 1 else 0.0)
+        # The gradients of this query or key, if not its output, tell of it.
+        assert not np.isfinite(np.asarray(got[1 + min(which, 2)], np.float32)[:, 400]).all()
