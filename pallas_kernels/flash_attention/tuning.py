@@ -126,9 +126,12 @@ def tuned_backward_configs() -> dict[tuple[int, str], BackwardConfig]:
 
 
 def backward_config(spec: AttentionSpec) -> BackwardConfig:
-    """Returns the backward config for `spec`; masks by segment ids use that of a window."""
-    kind = "window" if spec.has_segments else mask_kind(spec)
-    return tuned_backward_configs()[(spec.head_dim, kind)]
+    """Returns the backward config for `spec`; masks by segment ids use that of a window, and the
+    deterministic mode one of its own where there is one.
+    """
+    table, kind = tuned_backward_configs(), "window" if spec.has_segments else mask_kind(spec)
+    in_order = table.get((spec.head_dim, f"{kind} in order")) if spec.deterministic else None
+    return in_order or table[(spec.head_dim, kind)]
 
 
 def backward_candidates(spec: AttentionSpec) -> list[tuple[BackwardConfig, str | None]]:
