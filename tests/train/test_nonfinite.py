@@ -56,8 +56,8 @@ def faulty_model(monkeypatch):
         seen.update(position=positions[0, 0], ffn=0, attention=0)
         return call(self, tokens, positions, segment_ids)
 
-    def bad_swiglu(pairs):
-        hidden, layer = swiglu(pairs), seen["ffn"]
+    def bad_swiglu(gate_up, **options):
+        hidden, layer = swiglu(gate_up, **options), seen["ffn"]
         seen["ffn"] = layer + 1
         if layer != 1:
             return hidden
