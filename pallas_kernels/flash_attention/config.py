@@ -98,8 +98,6 @@ class ForwardConfig:
     """Warpgroups issue their matrix products in turn."""
     overlap: bool = True
     """A warpgroup's softmax runs during its own P V product."""
-    lazy_rescale: bool = True
-    """Outputs are rescaled only in warps where a maximum grew much; FP8 has its own way."""
     reuse_q_smem: bool = False
     """The output leaves through Q's shared memory, which delays the next tile's Q."""
     persistent: bool = True

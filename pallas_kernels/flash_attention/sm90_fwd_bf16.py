@@ -64,7 +64,7 @@ from pallas_kernels.flash_attention.sm90_fwd_plan import (
 )
 from pallas_kernels.flash_attention.sm90_isolation import note_bad_output
 from pallas_kernels.flash_attention.sm90_softmax import LOWEST, online_softmax, rescale
-from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, partial_row_sums, total_row_sums
+from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, total_row_sums
 from pallas_kernels.numerics import LN2, LOG2E
 
 
@@ -109,7 +109,7 @@ class _State(NamedTuple):
     """The online softmax of ROWS queries after some blocks."""
 
     out: Array  # [ROWS, H], float32: sum of P V, without the last block's
-    row_max: Array  # [ROWS], of c * S, or near it (`sm90_softmax`)
+    reference: Array  # [ROWS], near the maximum of c * S (`sm90_softmax`)
     row_sum: Array  # [ROWS], each thread's part
     p: Array  # [ROWS, block_kv]: the last block's P
 
@@ -144,14 +144,12 @@ def _first_block(loop: Loop) -> _State:
 
     wait_for_k(loop, first)
     s = pl.run_scoped(product, logits_type(plan))
-    row_max, row_sum = row_constant(NEG_INF, jnp.float32), row_constant(0.0, jnp.float32)
-    p, row_max, row_sum, _ = _softmax(loop, mask(loop, first, s), row_max, row_sum)
-    if plan.config.lazy_rescale:
-        row_max = jnp.maximum(row_max, LOWEST)
+    reference, row_sum = row_constant(LOWEST, jnp.float32), row_constant(0.0, jnp.float32)
+    p, reference, row_sum, _ = _softmax(loop, mask(loop, first, s), reference, row_sum)
     plgpu.barrier_arrive(scratch.k_free.at[loop.stage(first)])
     wait_for_k(loop, first + 1)
     out = jnp.zeros((ROWS, plan.spec.head_dim), jnp.float32)
-    return _State(plgpu.layout_cast(out, MATRIX), row_max, row_sum, p.astype(plan.spec.dtype))
+    return _State(plgpu.layout_cast(out, MATRIX), reference, row_sum, p.astype(plan.spec.dtype))
 
 
 def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _State:
@@ -168,7 +166,7 @@ def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _St
         if plan.config.overlap:
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             s = mask(loop, j, s) if may_be_masked else s
-            result = _online_softmax(loop, s, state)
+            result = _softmax(loop, s, state.reference, state.row_sum)
             plgpu.barrier_arrive(k_free)
             # The pin, and the branch of the wait, keep ptxas from moving the wait for P V
             # ahead of the softmax.
@@ -180,21 +178,18 @@ def _next_block(loop: Loop, may_be_masked: bool, j: Array, state: _State) -> _St
         out = _read_out(loop, o_acc, state)
         plgpu.barrier_arrive(v_free)
         s = mask(loop, j, s_acc[...]) if may_be_masked else s_acc[...]
-        result = _online_softmax(loop, s, state)
+        result = _softmax(loop, s, state.reference, state.row_sum)
         plgpu.barrier_arrive(k_free)
         wait_for_k(loop, j + 1)
         return result, out
 
     types = logits_type(plan), out_type(plan)
-    (p, row_max, row_sum, decay), out = pl.run_scoped(products, *types)
+    (p, reference, row_sum, decay), out = pl.run_scoped(products, *types)
     # The registers of the old P feed the product that is in flight until `out` is read; writing
     # the new P earlier would make ptxas serialise the wgmmas.
     p, out = pin(plan, (p, out))
-    if plan.config.lazy_rescale:
-        out = rescale(out, decay, interpret=plan.interpret)
-    else:
-        out *= spread_rows(decay, out.shape)
-    return _State(out, row_max, row_sum, p.astype(plan.spec.dtype))
+    out = rescale(out, decay, interpret=plan.interpret)
+    return _State(out, reference, row_sum, p.astype(plan.spec.dtype))
 
 
 def _issue_pv(loop: Loop, o_acc: Any, state: _State, j: Array) -> None:
@@ -215,27 +210,12 @@ def _read_out(loop: Loop, o_acc: Any, state: _State) -> Array:
     return state.out + o_acc[...] if loop.plan.interpret else o_acc[...]
 
 
-def _online_softmax(loop: Loop, s: Array, state: _State) -> tuple[Array, Array, Array, Array]:
-    """Returns P of masked logits, the new reference and sum, and the decay of what is older."""
-    plan = loop.plan
-    if not plan.config.lazy_rescale:
-        return _softmax(loop, s, state.row_max, state.row_sum)
-    scale = plan.spec.softmax_scale * LOG2E
-    return online_softmax(s, state.row_max, state.row_sum, scale, interpret=plan.interpret)
-
-
 def _softmax(
-    loop: Loop, s: Array, row_max: Array, row_sum: Array
+    loop: Loop, s: Array, reference: Array, row_sum: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Returns P of masked logits, the new row maximum and sum, and exp2(m - m')."""
+    """Returns P of masked logits, the new reference and sum, and the decay of what is older."""
     scale = loop.plan.spec.softmax_scale * LOG2E
-    new_max = jnp.maximum(row_max, s.max(axis=1) * scale)
-    # A row without any key so far has maximum -inf; 0 keeps inf - inf out of the exponent.
-    reference = jnp.where(new_max == NEG_INF, 0.0, new_max)
-    decay = jnp.exp2(row_max - reference)
-    p = jnp.exp2(s * scale - spread_rows(reference, s.shape))
-    part = partial_row_sums(p, interpret=loop.plan.interpret)
-    return p, new_max, row_sum * decay + part, decay
+    return online_softmax(s, reference, row_sum, scale, interpret=loop.plan.interpret)
 
 
 def _store(
@@ -253,7 +233,7 @@ def _store(
     is_empty = row_sum == 0.0
     row_sum = jnp.where(is_empty, 1.0, row_sum)
     out = state.out * spread_rows(1.0 / row_sum, state.out.shape)
-    lse = jnp.where(is_empty, NEG_INF, state.row_max * LN2 + jnp.log(row_sum))
+    lse = jnp.where(is_empty, NEG_INF, state.reference * LN2 + jnp.log(row_sum))
     queries = pl.ds(tile.q_tile * plan.tile_q + lax.axis_index("wg") * ROWS, ROWS)
     lse_gmem.at[tile.batch, tile.head, queries][...] = lse
     # The previous tile's output may still be on its way out of this buffer.
