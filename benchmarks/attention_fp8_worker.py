@@ -19,7 +19,16 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_binding
 
 from benchmarks.attention import Shape
-from benchmarks.attention_worker import emit, inputs, options_of, spec_of, time_interleaved
+from benchmarks.attention_worker import (
+    emit,
+    emit_failure,
+    emit_times,
+    inputs,
+    options_of,
+    shipped_or_candidate,
+    spec_of,
+    time_interleaved,
+)
 from pallas_kernels import Fp8Options, flash_attention
 from pallas_kernels.flash_attention import (
     fp8_quantize,
@@ -258,30 +267,9 @@ def run_timing(task: dict[str, Any]) -> None:
                 continue
             medians = time_interleaved(calls, jax.block_until_ready)
         except Exception as error:  # reported as the row of this shape; the next one still runs
-            _emit_failure(shape, task, "fp8 kernel", error)
+            emit_failure(task, shape, "fp8 kernel", error)
             continue
-        for contender, median_ms in medians.items():
-            emit(
-                kind="time",
-                direction=task["direction"],
-                shape=shape.name,
-                contender=contender,
-                median_ms=median_ms,
-                tflops=shape.flops(task["direction"]) / median_ms / 1e9,
-                speedup=medians["cudnn bf16"] / median_ms,
-                device=jax.devices()[0].device_kind,
-            )
-
-
-def _emit_failure(shape: Shape, task: dict[str, Any], contender: str, error: Exception) -> None:
-    """Prints that a contender could not be timed."""
-    emit(
-        kind="fail",
-        direction=task["direction"],
-        shape=shape.name,
-        contender=contender,
-        error=f"{type(error).__name__}: {str(error)[:300]}",
-    )
+        emit_times(task, shape, medians, "cudnn bf16", {})
 
 
 def _contenders(shape: Shape, task: dict[str, Any]) -> dict[str, Call]:
@@ -316,7 +304,7 @@ def _contenders(shape: Shape, task: dict[str, Any]) -> dict[str, Call]:
     try:
         calls["cudnn fp8 kernel"] = CudnnFp8(shape, arrays).timed(task["direction"])
     except Exception as error:  # the peer's limits are no failure of this part
-        _emit_failure(shape, task, "cudnn fp8", error)
+        emit_failure(task, shape, "cudnn fp8", error)
     return calls
 
 
@@ -328,11 +316,7 @@ def _own_quantising(call: Call) -> Call:
 def _forward_config(spec: AttentionSpec, candidate: int | None) -> Any:
     """The shipped config, or another accepted one, or None if there are not so many."""
     shipped = tuning.forward_config(spec)
-    if candidate is None:
-        return shipped
-    accepted = [c for c, reason in tuning.forward_candidates(spec) if reason is None]
-    others = [c for c in accepted if c != shipped]
-    return others[candidate] if candidate < len(others) else None
+    return shipped_or_candidate(shipped, tuning.forward_candidates(spec), candidate)
 
 
 def _forward_kernel(spec: AttentionSpec, config: Any, q: Any, k: Any, v: Any) -> Call:

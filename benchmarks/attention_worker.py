@@ -26,6 +26,57 @@ def emit(**row: Any) -> None:
     print(json.dumps(row), flush=True)
 
 
+def emit_times(
+    task: dict[str, Any],
+    shape: Shape,
+    medians: dict[str, float],
+    reference: str,
+    notes: dict[str, str],
+) -> None:
+    """Prints a row for each contender, given its median time in ms; `reference` is a contender.
+
+    Args:
+      task: says in which direction.
+      shape: what was timed.
+      medians: by contender.
+      reference: the contender that speedups are against.
+      notes: on some contenders.
+    """
+    import jax
+
+    for contender, median_ms in medians.items():
+        emit(
+            kind="time",
+            direction=task["direction"],
+            shape=shape.name,
+            contender=contender,
+            median_ms=median_ms,
+            tflops=shape.flops(task["direction"]) / median_ms / 1e9,
+            speedup=medians[reference] / median_ms,
+            note=notes.get(contender, ""),
+            device=jax.devices()[0].device_kind,
+        )
+
+
+def emit_failure(task: dict[str, Any], shape: Shape, contender: str, error: Exception) -> None:
+    """Prints that a contender could not be timed; the next one still is."""
+    emit(
+        kind="fail",
+        direction=task["direction"],
+        shape=shape.name,
+        contender=contender,
+        error=f"{type(error).__name__}: {str(error)[:500]}",
+    )
+
+
+def shipped_or_candidate(shipped: Any, candidates: Any, index: int | None) -> Any:
+    """Returns the shipped config, or another accepted one by index, or None if there are fewer."""
+    if index is None:
+        return shipped
+    others = [c for c, reason in candidates if reason is None and c != shipped]
+    return others[index] if index < len(others) else None
+
+
 def time_interleaved(contenders: dict[str, Any], wait: Callable[[Any], Any]) -> dict[str, float]:
     """Returns the median time of one call of each contender in ms, taken in turns."""
     for call in contenders.values():
@@ -68,13 +119,7 @@ def run_timing(task: dict[str, Any]) -> None:
         try:
             _time_shape(shape, spec, config, name, task)
         except Exception as error:  # reported as the row of this shape; the next one still runs
-            emit(
-                kind="fail",
-                direction=task["direction"],
-                shape=shape.name,
-                contender=name,
-                error=f"{type(error).__name__}: {str(error)[:500]}",
-            )
+            emit_failure(task, shape, name, error)
 
 
 def spec_of(shape: Shape, **fields: Any) -> Any:
@@ -107,14 +152,8 @@ def _config(shape: Shape, task: dict[str, Any]) -> tuple[Any, Any, str]:
     spec = spec_of(shape)
     is_forward = task["direction"] == "forward"
     shipped = tuning.forward_config(spec) if is_forward else tuning.backward_config(spec)
-    if task["candidate"] is None:
-        config = shipped
-    else:
-        candidates = tuning.forward_candidates if is_forward else tuning.backward_candidates
-        accepted = [c for c, reason in candidates(spec) if reason is None]
-        others = [c for c in accepted if c != shipped]
-        index = task["candidate"]
-        config = others[index] if index < len(others) else None
+    candidates = tuning.forward_candidates if is_forward else tuning.backward_candidates
+    config = shipped_or_candidate(shipped, candidates(spec), task["candidate"])
     if config is None:
         return spec, None, ""
     values = dataclasses.asdict(config)
@@ -148,18 +187,7 @@ def _time_shape(shape: Shape, spec: Any, config: Any, name: str, task: dict[str,
     results = zip(*(jax.tree.leaves(calls[key]()) for key in (name, "cudnn")), strict=True)
     difference = max(float(abs(x.astype("float32") - y).max()) for x, y in results)
     medians = time_interleaved(calls, jax.block_until_ready)
-    for contender, median_ms in medians.items():
-        emit(
-            kind="time",
-            direction=task["direction"],
-            shape=shape.name,
-            contender=contender,
-            median_ms=median_ms,
-            tflops=shape.flops(task["direction"]) / median_ms / 1e9,
-            speedup=medians["cudnn"] / median_ms,
-            note=f"off cuDNN by {difference:.1e}" if contender == name else "",
-            device=jax.devices()[0].device_kind,
-        )
+    emit_times(task, shape, medians, "cudnn", {name: f"off cuDNN by {difference:.1e}"})
 
 
 def _our_backwards(

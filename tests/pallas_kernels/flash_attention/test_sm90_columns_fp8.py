@@ -22,6 +22,7 @@ CASES = [
     pytest.param(300, 128, 28, E4M3, E4M3, False, id="k"),
     pytest.param(40, 256, 16, BF16, E5M2, True, id="dout_e5m2_d256"),
 ]
+each_case = pytest.mark.parametrize(("length", "h", "order", "source", "dtype", "rows"), CASES)
 
 
 def example(length, h, dtype):
@@ -52,8 +53,7 @@ def assert_bits_equal(got, want):
     np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
 
 
-@pytest.mark.parametrize(("length", "h", "order", "source", "dtype", "rows"), CASES)
-def test_interpreted_kernel_has_every_bit(length, h, order, source, dtype, rows):
+def assert_every_bit(length, h, order, source, dtype, rows, *, interpret):
     x, factor, scale = example(length, h, source)
     columns, got_rows = columns_and_rows(
         jnp.asarray(x),
@@ -61,9 +61,8 @@ def test_interpreted_kernel_has_every_bit(length, h, order, source, dtype, rows)
         dtype=dtype,
         order=order,
         row_factor=jnp.asarray(scale) if rows else None,
-        interpret=True,
+        interpret=interpret,
     )
-    assert not interpret_pallas_call.get_races().races_found
     want, want_rows = expected(x, factor, scale, order, dtype)
     assert_bits_equal(columns, want)
     if rows:
@@ -72,24 +71,19 @@ def test_interpreted_kernel_has_every_bit(length, h, order, source, dtype, rows)
         assert got_rows is None
 
 
+@each_case
+def test_interpreted_kernel_has_every_bit(length, h, order, source, dtype, rows):
+    assert_every_bit(length, h, order, source, dtype, rows, interpret=True)
+    assert not interpret_pallas_call.get_races().races_found
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("length", "h", "order", "source", "dtype", "rows"), CASES)
+@each_case
 def test_kernel_has_every_bit(length, h, order, source, dtype, rows):
-    x, factor, scale = example(length, h, source)
-    columns, got_rows = columns_and_rows(
-        jnp.asarray(x),
-        jnp.asarray(factor),
-        dtype=dtype,
-        order=order,
-        row_factor=jnp.asarray(scale) if rows else None,
-    )
-    want, want_rows = expected(x, factor, scale, order, dtype)
-    assert_bits_equal(columns, want)
-    if rows:
-        assert_bits_equal(got_rows, want_rows)
+    assert_every_bit(length, h, order, source, dtype, rows, interpret=False)
 
 
-@pytest.mark.parametrize(("length", "h", "order", "source", "dtype", "rows"), CASES)
+@each_case
 def test_compiles_for_sm90a_without_spills(length, h, order, source, dtype, rows):
     shape = jax.ShapeDtypeStruct
     with hardware.assume_device_kind("NVIDIA H200"):
