@@ -1,12 +1,18 @@
 """Trains arms on the same data order and says whether they learn alike.
 
-    python -m train.parity --config configs/llama_350m_bf16.toml \\
-        --config configs/llama_350m_fp8.toml --seeds 2 --run.steps 1000
+    python -m train.parity --config configs/llama_125m_bf16.toml \\
+        --config configs/llama_125m_fp8.toml --seeds 3
 
-The first config is the reference; it is trained with `--seeds` different initial weights, and the
-range of those is the band that the other gaps are seen against. Each arm is an ordinary run
-directory, in a process of its own; the same command goes on where it was stopped. The result file
-and the figure are written anew after each arm.
+The first config is the reference. Every config is trained with `--seeds` different initial weights
+(the others with fewer by `--arm-seeds`), and each run is compared with the reference's run of the
+same seed; `train.verdict` says what passes. Each run is an ordinary run directory, trained in a
+process of its own; the same command goes on where it was stopped. The result file and the figure
+are written anew after each run.
+
+A finished run is taken as it is, from metrics.jsonl and config.toml alone, wherever it was trained.
+It is refused if its config is another one, or if it did not begin like the first run: with another
+tokenizer, or a far larger or smaller loss or gradient, as after a change of data or initialisation.
+The version of the code is noted in parity.json, and not compared.
 """
 
 import dataclasses
@@ -23,18 +29,25 @@ import tyro
 from train.config import ConfigError, TrainConfig, parse
 from train.interrupt import Interrupt
 from train.metrics import Metrics, MetricsError, read_metrics
-from train.plots import TOLERANCE, plot_loss
+from train.plots import TOLERANCE, SeedPair, plot_loss
 from train.run_directory import CONFIG_FILE, VERSIONS_FILE, atomic_write, compare_config
-from train.verdict import TOLERANCE_NATS, describe_run, judge, overall
+from train.verdict import TOLERANCE_NATS, describe_run, judge, overall, pair_gaps
 
 _POLL_S = 0.2
 _OWN_OPTIONS = ("run.name", "run.directory", "run.resume", "run.seed", "data.order-seed")
 # What must be equal for a comparison to mean anything.
 _SAME = ("run.steps", "run.seed", "data.*", "model.vocab_size", "optimizer.accumulation_steps")
 _LABELS = ("run.name", "run.directory", "run.resume", "data.cache_directory")
+_TOKENIZER_FILE = "tokenizer.json"
 _VERSIONS = ("python", "jax", "jaxlib", "flax", "optax", "git_commit", "device", "device_count")
-PASS, FAIL, BAD_INPUT, INCOMPLETE = 0, 1, 2, 3
+PASS, FAIL, BAD_INPUT, INCOMPLETE, INCONCLUSIVE = 0, 1, 2, 3, 4
 """Exit codes; 128 + the signal's number after SIGINT or SIGTERM."""
+
+# How far apart loss and gradient norm of the first step may be, relatively. FP8 moves them by less
+# than 0.1 % and 2 %, another seed by a few per cent; another initialisation by far more.
+_FIRST_STEP = {"loss_nats": 0.02, "grad_norm": 0.5}
+# Options of the model that leave its weights alone; models that differ in others begin differently.
+_WEIGHTLESS = ("_implementation", "_precision", "_deterministic", "remat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +56,16 @@ class ParityConfig:
 
     config: tyro.conf.UseAppendAction[tuple[Path, ...]]
     """A TOML config; give two or more, the reference (bf16) first."""
-    seeds: int = 2
+    seeds: int = 3
     """Runs of the reference, each with other initial weights; two or more give a band."""
+    arm_seeds: int = 0
+    """With how many of these seeds the other configs are trained too; 0 means with all. One seed
+    cannot tell an effect from noise unless the band is very narrow."""
+    repeats: int = 0
+    """Further runs of the reference with the first seed. Where kernels add in any order, as on a
+    GPU, they differ, and that is counted as noise too."""
     seed: int = 0
-    """Seed of the data order of every arm, and of the first initial weights."""
+    """Seed of the data order of every run, and of the first initial weights."""
     output: Path = Path("runs/parity")
     """Folder for the arms' run directories, parity.json and parity.png."""
     deadline_s: float = 0.0
@@ -62,6 +81,13 @@ class ParityConfig:
             )
         if self.seeds < 1:
             raise ConfigError(f"--seeds={self.seeds} must be at least 1")
+        if not 0 <= self.arm_seeds <= self.seeds:
+            raise ConfigError(
+                f"--arm-seeds={self.arm_seeds} must be in [0, {self.seeds}]: each run is compared"
+                f" with one of the --seeds={self.seeds} of the reference"
+            )
+        if self.repeats < 0:
+            raise ConfigError(f"--repeats={self.repeats} must be at least 0")
         if self.deadline_s and not 0 < self.save_s < self.deadline_s:
             raise ConfigError(
                 f"--save-s={self.save_s:g} must be positive and below"
@@ -74,11 +100,18 @@ class Arm:
     """One run of the comparison."""
 
     name: str
+    stem: str
+    """Name of the config file; the runs that share it are compared as one."""
     config: TrainConfig
     arguments: tuple[str, ...]
     """Of `python -m train.main`."""
-    is_seed: bool
-    """A further seed of the reference, for the band."""
+    is_repeat: bool
+    """Repeats the first run, for the noise."""
+
+    @property
+    def seed(self) -> int:
+        """Of its initial weights."""
+        return self.config.run.seed
 
     @property
     def directory(self) -> Path:
@@ -103,7 +136,7 @@ class Arm:
 
 
 def make_arms(options: ParityConfig, overrides: Sequence[str]) -> list[Arm]:
-    """The runs in the order in which they are trained: the reference, the others, more seeds.
+    """The runs in the order in which they are trained: all configs seed by seed, then repeats.
 
     Raises:
       ConfigError: two configs have one name, an override belongs to this program, or the arms
@@ -117,7 +150,9 @@ def make_arms(options: ParityConfig, overrides: Sequence[str]) -> list[Arm]:
     if len(set(stems)) < len(stems):
         raise ConfigError(f"--config: the names {', '.join(stems)} must differ")
 
-    def make(path: Path, seed: int, name: str, *, is_seed: bool) -> Arm:
+    def make(path: Path, index: int, repeat: int = 0) -> Arm:
+        seed = options.seed + index
+        name = path.stem + (f"_seed{seed}" if index else "") + (f"_repeat{repeat}" * (repeat > 0))
         own = {
             "run.name": name,
             "run.directory": options.output / name,
@@ -126,18 +161,22 @@ def make_arms(options: ParityConfig, overrides: Sequence[str]) -> list[Arm]:
         }
         words = [word for key, value in own.items() for word in (f"--{key}", str(value))]
         arguments = ("--config", str(path), *overrides, *words)
-        return Arm(name=name, config=parse(arguments), arguments=arguments, is_seed=is_seed)
+        config = parse(arguments)
+        is_repeat = repeat > 0
+        return Arm(
+            name=name, stem=path.stem, config=config, arguments=arguments, is_repeat=is_repeat
+        )
 
-    arms = [
-        make(path, options.seed, stem, is_seed=False)
-        for path, stem in zip(options.config, stems, strict=True)
-    ]
-    for arm in arms[1:]:
+    reference, *others = options.config
+    arms = []
+    for index in range(options.seeds):
+        arms.append(make(reference, index))
+        if index < (options.arm_seeds or options.seeds):
+            arms += [make(path, index) for path in others]
+    arms += [make(reference, 0, repeat + 1) for repeat in range(options.repeats)]
+    for arm in arms[1 : len(options.config)]:
         _require_same_data(arms[0], arm)
-    seeds = range(options.seed + 1, options.seed + options.seeds)
-    return arms + [
-        make(options.config[0], seed, f"{stems[0]}_seed{seed}", is_seed=True) for seed in seeds
-    ]
+    return arms
 
 
 def _require_same_data(reference: Arm, arm: Arm) -> None:
@@ -204,8 +243,10 @@ class _Comparison:
             if arm.is_complete():
                 # A finished run of another experiment must not pass for this one.
                 compare_config(arm.directory / CONFIG_FILE, arm.config)
+                self._require_same_start(arm)
                 _say(f"{title}: already trained")
-            elif self._must_stop():
+                continue
+            if self._must_stop():
                 _say(f"{title}: not started; run the same command to go on")
             else:
                 _say(f"{title}: {arm.directory}")
@@ -215,13 +256,27 @@ class _Comparison:
                 if code and not self._must_stop():
                     self.failed[arm.name] = code
                     _say(f"{title}: ended with exit code {code}")
+                if not code:
+                    self._require_same_start(arm)
             self._write()
         result = self._write()
         for line in format_result(result):
             _say(line)
         if self.interrupt.number:
             return 128 + self.interrupt.number
-        return {"pass": PASS, "fail": FAIL, "incomplete": INCOMPLETE}[result["verdict"]]
+        codes = {"pass": PASS, "inconclusive": INCONCLUSIVE, "incomplete": INCOMPLETE}
+        return codes.get(result["verdict"], FAIL)
+
+    def _require_same_start(self, arm: Arm) -> None:
+        """Raises ConfigError if a run cannot be compared with the first one."""
+        differing = list(_differences_at_start(self.arms[0], arm))
+        if differing:
+            raise ConfigError(
+                f"{arm.directory} did not begin like {self.arms[0].directory}:\n"
+                + "\n".join(f"  {line}" for line in differing)
+                + "\nOne of them was trained with other data or by another version of this code:"
+                " move it away to have it trained again, or choose another --output"
+            )
 
     def _left_s(self) -> float:
         limit = self.options.deadline_s
@@ -253,13 +308,44 @@ class _Comparison:
         result = summarize(self.arms, self.overrides, self.failed)
         text = json.dumps(result, indent=1, allow_nan=False)
         atomic_write(options.output / "parity.json", text + "\n")
-        begun = [arm for arm in self.arms if arm.metrics() is not None]
-        seeds = [arm.directory for arm in begun if arm.is_seed]
-        shown = [arm.directory for arm in begun if not arm.is_seed]
-        if shown and begun[0] is self.arms[0]:
-            band = [shown[0], *seeds] if seeds else []
-            plot_loss(shown, options.output / "parity.png", band=band)
+        self._draw([arm for arm in self.arms if arm.metrics() is not None and not arm.is_repeat])
         return result
+
+    def _draw(self, begun: Sequence[Arm]) -> None:
+        """Writes parity.png: the first seed of each config, the other seeds' gaps, the band."""
+        first, output = self.arms[0], self.options.output
+        if not begun or begun[0] is not first:
+            return
+        shown = [arm for arm in begun if arm.seed == first.seed]
+        stems = [arm.stem for arm in shown]
+        references = {arm.seed: arm for arm in begun if arm.stem == first.stem}
+        pairs = [
+            SeedPair(stems.index(arm.stem), arm.directory, references[arm.seed].directory)
+            for arm in begun
+            if arm not in shown and arm.stem in stems[1:] and arm.seed in references
+        ]
+        band = [arm.directory for arm in references.values()] if len(references) > 1 else []
+        plot_loss([arm.directory for arm in shown], output / "parity.png", band=band, pairs=pairs)
+
+
+def _differences_at_start(first: Arm, arm: Arm) -> Iterator[str]:
+    """Yields what shows that two runs did not begin alike, so far as both are there."""
+    tokenizers = [a.directory / _TOKENIZER_FILE for a in (first, arm)]
+    if all(path.exists() for path in tokenizers):
+        theirs, ours = (path.read_bytes() for path in tokenizers)
+        if theirs != ours:
+            yield f"{_TOKENIZER_FILE} is another one"
+    changed = [name for name, _, _ in differences(first.config, arm.config)]
+    if any(n.startswith("model.") and not n.endswith(_WEIGHTLESS) for n in changed):
+        return
+    records = [m.train[0] for m in (first.metrics(), arm.metrics()) if m is not None]
+    if [record["step"] for record in records] != [1, 1]:
+        return
+    for name, limit in _FIRST_STEP.items():
+        theirs, ours = (record.get(name) for record in records)
+        # A run that begins with a NaN is for the verdict.
+        if theirs is not None and ours is not None and abs(ours - theirs) > limit * abs(theirs):
+            yield f"{name} at step 1: {theirs:.4f} and {ours:.4f}"
 
 
 def summarize(
@@ -270,58 +356,100 @@ def summarize(
     Args:
       arms: from `make_arms`; the first is the reference.
       overrides: options that every arm got.
-      failed: name -> exit code of the arms that cannot go on; their verdict is "fail".
+      failed: name -> exit code of the runs that cannot go on; the verdict on theirs is "fail".
     """
     reference = arms[0]
-    reference_metrics = reference.metrics()
+    references = {arm.seed: arm for arm in reversed(arms) if arm.stem == reference.stem}
     rows = []
     for arm in arms:
-        metrics = arm.metrics()
+        metrics, other = arm.metrics(), references[arm.seed]
+        if arm.stem == reference.stem:
+            other = reference
         row: dict[str, Any] = {
             "name": arm.name,
             "config": arm.arguments[1],
-            "seed": arm.config.run.seed,
+            "seed": arm.seed,
             "differs_in": {n: [a, b] for n, a, b in differences(reference.config, arm.config)},
             "is_complete": arm.is_complete(),
             "versions": _versions(arm.directory),
             **(describe_run(metrics) if metrics else {}),
         }
         if arm is not reference:
-            is_complete = arm.is_complete() and reference.is_complete()
-            row |= judge(metrics, reference_metrics, is_complete=is_complete)
+            row |= {"compared_with": other.name} | pair_gaps(metrics, other.metrics())
         if arm.name in failed:
-            row |= {"verdict": "fail", "exit_code": failed[arm.name]}
+            row |= {"exit_code": failed[arm.name]}
         rows.append(row)
-    judged = [row["verdict"] for row in rows[1:] if row["seed"] == reference.config.run.seed]
-    if reference.name in failed:
-        judged.append("fail")
+    stems = list(dict.fromkeys(arm.stem for arm in arms[1:] if arm.stem != reference.stem))
+    compared = [_compare(stem, arms, failed) for stem in stems]
     return {
-        "verdict": overall(judged),
+        "verdict": overall([row["verdict"] for row in compared]),
         "tolerance_relative": TOLERANCE,
         "tolerance_nats": TOLERANCE_NATS,
         "reference": reference.name,
         "overrides": list(overrides),
+        "comparisons": compared,
         "arms": rows,
     }
+
+
+def _compare(stem: str, arms: Sequence[Arm], failed: dict[str, int]) -> dict[str, Any]:
+    """The verdict on all the runs of one config."""
+    first = arms[0]
+    references = [arm for arm in arms if arm.stem == first.stem and not arm.is_repeat]
+    repeats = [first] + [arm for arm in arms if arm.is_repeat]
+    own = [arm for arm in arms if arm.stem == stem]
+    metrics = {arm.name: arm.metrics() for arm in (*own, *references, *repeats)}
+    pairs = [
+        (run, reference)
+        for arm in own
+        for other in references
+        if other.seed == arm.seed
+        and (run := metrics[arm.name]) is not None
+        and (reference := metrics[other.name]) is not None
+    ]
+    result = judge(
+        pairs,
+        seeds=[m for arm in references if (m := metrics[arm.name]) is not None],
+        repeats=[m for arm in repeats if (m := metrics[arm.name]) is not None],
+        is_complete=all(arm.is_complete() for arm in (*own, *references, *repeats)),
+    )
+    broken = [arm.name for arm in (*own, *references, *repeats) if arm.name in failed]
+    if broken:
+        reason = f"{', '.join(broken)}: ended with exit code {failed[broken[0]]}"
+        result |= {"verdict": "fail", "reason": reason}
+    return {"name": stem, "seeds": [arm.seed for arm in own], **result}
 
 
 def format_result(result: dict[str, Any]) -> Iterator[str]:
     """The lines of a result for people."""
     yield (
-        f"gaps to {result['reference']}; a gap passes up to {result['tolerance_relative']:.2%} or"
-        f" {result['tolerance_nats']} nats"
+        f"mean gaps to {result['reference']} with the same seeds, +- 90 % interval; passes up to"
+        f" {result['tolerance_relative']:.2%} or {result['tolerance_nats']} nats, if the noise is"
+        " no larger"
     )
-    reference_seed = result["arms"][0]["seed"]
     for row in result["arms"][1:]:
-        gaps = [
-            f"{name} {gap['loss_nats']:.4f} ({gap['relative']:+.3%}, {gap['nats']:+.4f} nats)"
-            if (gap := row.get(f"{name}_gap"))
-            else f"{name} -"
-            for name in ("train", "validation")
-        ]
-        word = row["verdict"] if row["seed"] == reference_seed else f"seed {row['seed']}, the band"
-        yield f"  {row['name']}: {'; '.join(gaps)}: {word}"
+        if row["config"] == result["arms"][0]["config"]:
+            yield f"  {row['name']}, beside {row['compared_with']}: {_format_gaps(row)}"
+    for row in result["comparisons"]:
+        seeds = ", ".join(map(str, row["seeds"]))
+        yield f"  {row['name']} (seeds {seeds}): {_format_gaps(row)}"
+        yield f"    {row['verdict']}: {row['reason']}"
     yield f"verdict: {result['verdict']}"
+
+
+def _format_gaps(row: dict[str, Any]) -> str:
+    texts = []
+    for name in ("train", "validation"):
+        gap = row.get(f"{name}_gap")
+        if gap is None:
+            texts.append(f"{name} -")
+            continue
+        noise = gap.get("noise_relative")
+        band = "" if noise is None else f" +- {noise:.3%}"
+        texts.append(
+            f"{name} {gap['loss_nats']:.4f} ({gap['relative']:+.3%}{band}, {gap['nats']:+.4f} nats)"
+        )
+    return "; ".join(texts)
 
 
 def _versions(directory: Path) -> dict[str, Any]:

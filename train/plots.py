@@ -4,7 +4,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -77,7 +77,22 @@ class Curve:
         return common, mine, theirs
 
 
-def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Path] = ()) -> None:
+class SeedPair(NamedTuple):
+    """A further seed of a drawn run, with the reference's run of that seed."""
+
+    index: int
+    """Which of the drawn runs it repeats with other initial weights."""
+    run: Path
+    reference: Path
+
+
+def plot_loss(
+    run_directories: Sequence[Path],
+    path: Path,
+    *,
+    band: Sequence[Path] = (),
+    pairs: Sequence[SeedPair] = (),
+) -> None:
     """Draws the loss curves of runs, and below them the gaps to the first run.
 
     Raw losses are faint, smoothed ones strong, validation losses are dots. A single run without a
@@ -87,6 +102,7 @@ def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Pat
       run_directories: at least one; the first is the reference.
       path: the picture to write; its ending says the format.
       band: runs that differ by their seed alone; the range of their losses is shaded.
+      pairs: drawn as thin lines among the gaps.
 
     Raises:
       MetricsError: a run has no metrics.
@@ -100,6 +116,10 @@ def plot_loss(run_directories: Sequence[Path], path: Path, *, band: Sequence[Pat
     if len(curves) + len(band_curves) > 1:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
         _draw_gaps(lower, curves, band_curves)
+        for pair in pairs:
+            own, other = (Curve.of(read_metrics(path)) for path in pair[1:])
+            tokens, gap = own.gap_to(other)
+            lower.plot(tokens, 100 * gap, color=_COLORS[pair.index % len(_COLORS)], lw=0.7)
         bottom = lower
     else:
         upper = bottom = figure.subplots()
