@@ -25,9 +25,8 @@ from pallas_kernels.flash_attention import (
 )
 from pallas_kernels.flash_attention.config import AttentionSpec, BackwardConfig, ForwardConfig
 from pallas_kernels.flash_attention.masks import Band
-from pallas_kernels.flash_attention.sm90_isolation import BAD_LSE
+from pallas_kernels.flash_attention.sm90_bwd_rows import row_operands
 from pallas_kernels.mosaic import GMEM_ROWS
-from pallas_kernels.numerics import LOG2E
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
@@ -201,17 +200,16 @@ def backward(
     segments = ()
     if q_segment_ids is not None and kv_segment_ids is not None:
         segments = _backward_segment_operands(plan, q_segment_ids, kv_segment_ids)
-    delta = (dout.astype(jnp.float32) * out).sum(axis=3) - dlse
-    # What is wrong with a query is told by its lse alone; see `sm90_isolation`.
-    is_bad = ~jnp.isfinite(delta) | (jnp.isnan(lse) | (lse == jnp.inf))
-    # A query that sees no key has lse = -inf: its probabilities are 0, not 1 / 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    lse, delta = jnp.where(is_bad, BAD_LSE, lse), jnp.where(is_bad, 0.0, delta)
+    q, k, v, dout, out = (pad_length(x) for x in (q, k, v, dout, out))
+    # Beyond the end as if no key were seen.
     padding = ((0, 0), (0, 0), (0, plan.padded_query_length - spec.query_length))
-    lse = jnp.pad(lse.transpose(0, 2, 1), padding, constant_values=jnp.inf)
-    delta = jnp.pad(delta.transpose(0, 2, 1), padding)
-    q, k, v, dout = (pad_length(x) for x in (q, k, v, dout))
-    dq, dk, dv = sm90_bwd_bf16.launch(q, k, v, dout, lse, delta, segments, plan=plan)
+    lse = jnp.pad(lse.transpose(0, 2, 1), padding, constant_values=-jnp.inf)
+    dlse = jnp.pad(dlse.transpose(0, 2, 1), padding)
+    length, sms = plan.padded_query_length, plan.sm_count
+    lse, delta, dq = row_operands(
+        out, dout, lse, dlse, padded_length=length, sm_count=sms, interpret=interpret
+    )
+    dq, dk, dv = sm90_bwd_bf16.launch(q, k, v, dout, lse, delta, segments, dq, plan=plan)
     dq = (dq[:, : spec.query_length] * spec.softmax_scale).astype(q.dtype)
     return dq, dk[:, : spec.key_length], dv[:, : spec.key_length]
 

@@ -410,6 +410,7 @@ def launch(
     lse: Array,
     delta: Array,
     segments: tuple[Array, ...],
+    dq: Array,
     *,
     plan: Plan,
 ) -> tuple[Array, Array, Array]:
@@ -424,15 +425,15 @@ def launch(
         those that have something not finite.
       delta: `[B, N, padded T]`, float32, finite: rowsum(do * out) - gradient of the log-sum-exp.
       segments: `()`, or the last three or (if `plan.takes_turns`) four fields of `Inputs`.
+      dq: zeros, `[B, padded T, N, H]`, float32.
       plan: shapes, config and device.
 
     Returns:
-      dQ / softmax_scale, `[B, padded T, N, H]`, float32; dK and dV like k.
+      dQ / softmax_scale, like dq; dK and dV like k.
     """
     scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
-    batch, _, heads, head_dim = q.shape
-    dq_shape = (batch, plan.padded_query_length, heads, head_dim)
-    dq = jax.new_ref(jnp.zeros((*plan.dq_copies, *dq_shape), jnp.float32))
+    dq_shape = dq.shape
+    dq = jax.new_ref(jnp.broadcast_to(dq, (*plan.dq_copies, *dq_shape)))
     dk, dv = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
