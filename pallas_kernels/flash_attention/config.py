@@ -140,6 +140,10 @@ class BackwardConfig:
     """Buffers for the output's gradient."""
     overlap: bool = True
     """Exponentials run while a product of the same warpgroup is in flight; needs more registers."""
+    late_dq: bool = False
+    """dQ of a block is computed with dP of the next one: no warpgroup waits for the other's dS, and
+    exponentials run beside dK, dS beside dV. Instead of `overlap`; not for a fixed order.
+    """
     split_channels: bool = False
     """The compute warpgroups share 64 keys and halve the channels, instead of 64 keys each."""
     heads_per_section: int = 0
@@ -154,6 +158,11 @@ class BackwardConfig:
             raise ValueError(f"{self.block_q=} must be 64 or 128: wgmma has 64 rows")
         if self.split_channels and self.block_q != 64:
             raise ValueError(f"{self.block_q=} must be 64 with split_channels=True")
+        if self.late_dq and (self.overlap or self.split_channels):
+            raise ValueError(
+                f"{self.late_dq=} needs overlap=False and split_channels=False: it is a schedule of"
+                " its own"
+            )
         for name in ("num_q_stages", "num_do_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"self.{name}={getattr(self, name)} must be at least 1")

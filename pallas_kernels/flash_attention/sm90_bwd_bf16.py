@@ -24,6 +24,12 @@ while a matrix product is in flight:
   tensor cores  dK_{i-1}  dQ_{i-1}  S_i            dP_i       dV_i
   other units                       dQ_{i-1} out   exp2(S_i)  dS_i
 
+`late_dq`: nobody waits for the other warpgroup's dS, so that the two can drift half a step apart, and
+one multiplies while the other does not:
+
+  tensor cores  S_i  dK_{i-1}   dQ_{i-1}  dV_i           dP_i
+  other units        exp2(S_i)            dQ_{i-1} out         dS_i
+
 `split_channels` (head dim 256): both warpgroups work on the same 64 keys, each on half of the
 channels of dK, dV and dQ; both compute S^T and dP^T (7 products instead of 5), and nothing is
 exchanged. dQ leaves in two parts.
@@ -166,7 +172,8 @@ def _meet_queries(loop: Loop, dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
         lax.fori_loop(0, loop.num_steps, whole_block, None)
     else:
         ds = _first_half(loop, dv_acc, first)
-        next_block = functools.partial(_next_block, loop, dk_acc, dv_acc)
+        next_block = _late_block if loop.plan.config.late_dq else _next_block
+        next_block = functools.partial(next_block, loop, dk_acc, dv_acc)
         ds = lax.fori_loop(1, loop.num_steps, next_block, ds)
         _finish_block(loop, dk_acc, loop.num_steps - 1, ds, None)
     return dk_acc[...], dv_acc[...]
@@ -208,6 +215,42 @@ def _next_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) ->
         return ds
 
     return pl.run_scoped(dp_then_dv, _block_type(plan))
+
+
+def _late_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) -> Array:
+    """Computes dK of the step before, then its dQ beside dV and dS of this one.
+
+    The other warpgroup's dS is needed only after the exponentials, when it has long been written,
+    so that the warpgroups may drift apart by half a step: one computes while the other multiplies.
+    """
+    plan, scratch = loop.plan, loop.scratch
+
+    def logits(s_acc: Any) -> Array:
+        _issue_s(loop, s_acc, step)
+        _multiply(loop, dk_acc, ds, loop.own_channels(scratch.q.at[loop.q_slot(step - 1)]), 1)
+        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+        return _mask(loop, step, s, has_branch=False)
+
+    s = pl.run_scoped(logits, _block_type(plan))
+    p = pin(plan, pin(plan, _probabilities(loop, step, s)).astype(plan.spec.dtype))
+
+    def dq_beside_dv(dq_acc: Any) -> None:
+        plgpu.barrier_wait(scratch.exchange)
+        _issue_dq(loop, dq_acc, step - 1, 0)
+        plgpu.barrier_wait(scratch.do_full.at[loop.do_slot(step)])
+        _issue_dv(loop, dv_acc, step, p)
+        dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
+        plgpu.barrier_arrive(scratch.q_free.at[loop.q_slot(step - 1)])
+        add_dq(loop, step - 1, 0, dq)
+
+    def dp_alone(dp_acc: Any) -> Array:
+        _issue_dp(loop, dp_acc, step, wait=False)
+        return dp_acc[...]
+
+    pl.run_scoped(dq_beside_dv, plgpu.ACC(plan.dq_shape, jnp.float32))
+    new_ds = _share_ds(loop, step, p, pl.run_scoped(dp_alone, _block_type(plan)))
+    plgpu.barrier_arrive(scratch.do_free.at[loop.do_slot(step)])
+    return new_ds
 
 
 def _dv_then_dp(loop: Loop, dv_acc: Any, step: Array, p: Array) -> Array:
@@ -254,9 +297,7 @@ def _finish_block(
 
     def dq_part(part: Array | int, _: None) -> None:
         def product(dq_acc: Any) -> None:
-            rows, columns = dq_part_of(plan, part)
-            operand = loop.ds(step).at[lax.div(rows.start, jnp.int32(ROWS))]
-            plgpu.wgmma(dq_acc, operand.transpose((1, 0)), scratch.k.at[:, columns])
+            _issue_dq(loop, dq_acc, step, part)
             if issue_next is not None:
                 issue_next()
             dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=int(issue_next is not None))
@@ -295,6 +336,13 @@ def _issue_dp(loop: Loop, dp_acc: Any, step: Array, *, wait: bool = True) -> Non
     plgpu.wgmma(dp_acc, loop.own_keys(loop.scratch.v), do)
 
 
+def _issue_dq(loop: Loop, dq_acc: Any, step: Array, part: Array | int) -> None:
+    """Starts this warpgroup's part of dQ = dS K, once dS of both is there."""
+    rows, columns = dq_part_of(loop.plan, part)
+    operand = loop.ds(step).at[lax.div(rows.start, jnp.int32(ROWS))]
+    plgpu.wgmma(dq_acc, operand.transpose((1, 0)), loop.scratch.k.at[:, columns])
+
+
 def _issue_dv(loop: Loop, dv_acc: Any, step: Array, p: Array) -> None:
     """Starts dV += P^T dO."""
     _multiply(loop, dv_acc, p, loop.own_channels(loop.scratch.do.at[loop.do_slot(step)]), 0)
@@ -328,8 +376,10 @@ def _columns(x: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def _mask(loop: Loop, step: Array, s: Array) -> Array:
-    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any."""
+def _mask(loop: Loop, step: Array, s: Array, *, has_branch: bool = True) -> Array:
+    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any, unless
+    a product is in flight, which a branch would make ptxas serialise.
+    """
     plan, spec = loop.plan, loop.plan.spec
     if not plan.isolates and not plan.is_ragged:
         return s
@@ -357,7 +407,7 @@ def _mask(loop: Loop, step: Array, s: Array) -> Array:
         q_ids = plgpu.load(loop.scratch.q_ids.at[loop.q_slot(step)], layout=PER_COLUMN)
         return keep_equal(seen, loop.kv_ids, q_ids, interpret=plan.interpret)
 
-    return lax.cond(loop.needs_mask(step), masked, lambda: s)
+    return lax.cond(loop.needs_mask(step), masked, lambda: s) if has_branch else masked()
 
 
 def _store(loop: Loop, dk: Array, dv: Array) -> None:

@@ -37,6 +37,13 @@ class Plan:
     interpret: bool = False
     """Runs in the CPU interpreter, which lacks A operands in registers and TMA reductions."""
 
+    def __post_init__(self) -> None:
+        if self.config.late_dq and self.takes_turns:
+            raise ValueError(
+                f"{self.config.late_dq=} cannot keep the fixed order of deterministic=True: the"
+                " producer announces turns too early for it; use late_dq=False"
+            )
+
     @property
     def num_ctas(self) -> int:
         """CTAs launched: all resident if they wait for each other. With `split_channels` and no

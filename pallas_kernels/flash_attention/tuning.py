@@ -137,16 +137,15 @@ def backward_config(spec: AttentionSpec) -> BackwardConfig:
 def backward_candidates(spec: AttentionSpec) -> list[tuple[BackwardConfig, str | None]]:
     """Returns configs worth timing for `spec`, each with the reason why it is rejected, or None."""
     candidates = []
-    for overlap, q_stages, do_stages, heads in itertools.product(
-        (True, False), (2, 3), (2, 1), (0, 4)
-    ):
+    schedules = ((True, False), (False, False), (False, True))
+    for (overlap, late_dq), q_stages, do_stages in itertools.product(schedules, (2, 3), (2, 1)):
         config = BackwardConfig(
             block_q=128 if spec.head_dim == 64 else 64,
             num_q_stages=q_stages,
             num_do_stages=do_stages,
             overlap=overlap,
+            late_dq=late_dq and spec.head_dim < 256,
             split_channels=spec.head_dim == 256,
-            heads_per_section=heads,
         )
         plan = sm90_bwd_plan.Plan(spec=spec, config=config, sm_count=1)
         used, reason = sm90_bwd_plan.smem_bytes(plan), None
@@ -154,6 +153,10 @@ def backward_candidates(spec: AttentionSpec) -> list[tuple[BackwardConfig, str |
             reason = f"needs {used} bytes of shared memory of {SM90_SMEM_BYTES_PER_BLOCK}"
         elif config.split_channels and overlap:
             reason = "split_channels has no overlap within a warpgroup"
+        elif late_dq and spec.deterministic:
+            reason = "late_dq cannot keep a fixed order"
+        elif late_dq and spec.head_dim != 128:
+            reason = "late_dq would spill"
         candidates.append((config, reason))
     return candidates
 

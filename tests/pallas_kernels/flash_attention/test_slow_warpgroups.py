@@ -48,10 +48,12 @@ def test_forward(late_warpgroup):
     assert np.abs(np.asarray(out, np.float64) - want).max() <= 2.0**-7 * np.abs(want).max()
 
 
-def test_backward(late_warpgroup):
+@pytest.mark.parametrize("late_dq", [False, True], ids=["in_order", "late_dq"])
+def test_backward(late_warpgroup, late_dq):
     arrays = CASE.arrays(jnp.bfloat16)
     expected = CASE.expected(*arrays)
-    got = interpreted(CASE, BackwardConfig(block_q=64), arrays, expected, deterministic=True)
+    config = BackwardConfig(block_q=64, overlap=not late_dq, late_dq=late_dq)
+    got = interpreted(CASE, config, arrays, expected, deterministic=not late_dq)
     for name, x in zip(("dq", "dk", "dv"), got, strict=True):
         want = getattr(expected, name)
         assert np.abs(np.asarray(x, np.float64) - want).max() <= 2.0**-6 * np.abs(want).max(), name

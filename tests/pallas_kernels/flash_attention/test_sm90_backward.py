@@ -50,6 +50,7 @@ def interpreted(case, config, arrays, expected, deterministic=None):
     return sm90.backward(q, k, v, *ids, out, lse, dout, dlse, spec, config=config, interpret=True)
 
 
+LATE_DQ = BackwardConfig(overlap=False, late_dq=True)
 SPLIT = BackwardConfig(split_channels=True, num_do_stages=1)
 CAUSAL_GQA = Case(name="causal_gqa", b=1, t=72, s=136, n=2, k=1, h=128, is_causal=True)
 INTERPRETED = [  # case, config, deterministic
@@ -57,6 +58,8 @@ INTERPRETED = [  # case, config, deterministic
     (Case(name="full_gqa", b=1, t=200, s=256, n=2, k=1, h=64), BackwardConfig(), None),
     (CAUSAL_GQA, BackwardConfig(), True),
     (CAUSAL_GQA, BackwardConfig(), None),
+    (CAUSAL_GQA, LATE_DQ, None),
+    (Case(name="full", b=1, t=192, s=128, n=1, k=1, h=128), LATE_DQ, None),
     (
         Case(name="window_t_over_s", b=1, t=200, s=70, n=1, k=1, h=128, window=(50, 20)),
         BackwardConfig(overlap=False),
@@ -148,14 +151,14 @@ def compile_cases():
         )
 
 
-def ptxas_of_backward(case, deterministic):
-    """Returns ptxas's report on the backward kernel alone."""
+def ptxas_of_backward(case, deterministic, config=None):
+    """Returns ptxas's report on the backward kernels."""
     spec = dataclasses.replace(spec_of(case), deterministic=deterministic)
     q, k, v, *ids = arguments(case)
     statistics = jax.ShapeDtypeStruct((case.b, case.t, case.n), jnp.float32)
 
     def run(q, k, v, lse, *ids):
-        return sm90.backward(q, k, v, *(ids or (None, None)), q, lse, q, lse, spec)
+        return sm90.backward(q, k, v, *(ids or (None, None)), q, lse, q, lse, spec, config=config)
 
     return ptxas_report(run, q, k, v, statistics, *ids)
 
@@ -169,6 +172,26 @@ def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, determinis
     allowed = SCALARS_OF_A_TILE if case.h == 256 and deterministic else 0
     assert report.spilled_bytes <= allowed, report.text
     assert not report.serialised_wgmmas, report.text
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_late_dq_compiles_for_sm90a_without_spills_or_serialised_wgmmas(is_causal):
+    case = Case(name="late_dq", b=2, t=4096, s=4096, h=128, is_causal=is_causal)
+    with hardware.assume_device_kind("NVIDIA H200"):
+        report = ptxas_of_backward(case, deterministic=False, config=LATE_DQ)
+    assert report.spilled_bytes == 0, report.text
+    assert not report.serialised_wgmmas, report.text
+
+
+@pytest.mark.parametrize("bad", [{"overlap": True}, {"overlap": False, "split_channels": True}])
+def test_late_dq_is_a_schedule_of_its_own(bad):
+    with pytest.raises(ValueError, match=r"late_dq=True needs overlap=False"):
+        BackwardConfig(late_dq=True, **bad)
+
+
+def test_late_dq_refuses_the_fixed_order():
+    with pytest.raises(ValueError, match=r"late_dq=True cannot keep the fixed order"):
+        plan_of(CAUSAL_GQA, LATE_DQ, deterministic=True)
 
 
 def plan_of(case, config=BackwardConfig(), sm_count=4, deterministic=True):  # noqa: B008  (frozen)

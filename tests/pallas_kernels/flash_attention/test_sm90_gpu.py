@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import attention_worker
 from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention import tuning
+from pallas_kernels.flash_attention.config import BackwardConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +39,27 @@ def test_any_order_agrees_with_the_deterministic_order(h):
         # Float32 sums in another order, then one rounding to bfloat16.
         ordered, free = (np.asarray(x, np.float32) for x in (ordered, free))
         np.testing.assert_allclose(free, ordered, atol=2.0**-8 * np.abs(ordered).max())
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_late_dq_agrees_with_the_shipped_schedule(is_causal, monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, dout = (jax.random.normal(key, (2, 2048, 8, 128), jnp.bfloat16) for key in keys)
+
+    def gradients():
+        def attend(q, k, v):
+            return flash_attention(q, k, v, is_causal=is_causal, implementation="mosaic")
+
+        return jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1](dout))(q, k, v)
+
+    shipped = gradients()
+    config = BackwardConfig(overlap=False, late_dq=True)
+    monkeypatch.setattr(tuning, "backward_config", lambda spec: config)
+    jax.clear_caches()
+    for x, late in zip(shipped, gradients(), strict=True):
+        # Float32 sums in another order, then one rounding to bfloat16.
+        x, late = (np.asarray(y, np.float32) for y in (x, late))
+        np.testing.assert_allclose(late, x, atol=2.0**-8 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("h", [64, 128, 256])
