@@ -24,8 +24,8 @@ while a matrix product is in flight:
   tensor cores  dK_{i-1}  dQ_{i-1}  S_i            dP_i       dV_i
   other units                       dQ_{i-1} out   exp2(S_i)  dS_i
 
-`late_dq`: nobody waits for the other warpgroup's dS, so that the two can drift half a step apart, and
-one multiplies while the other does not:
+`late_dq`: nobody waits for the other warpgroup's dS, so that the two can drift half a step apart,
+and one multiplies while the other does not:
 
   tensor cores  S_i  dK_{i-1}   dQ_{i-1}  dV_i           dP_i
   other units        exp2(S_i)            dQ_{i-1} out         dS_i
@@ -377,8 +377,8 @@ def _columns(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _mask(loop: Loop, step: Array, s: Array, *, has_branch: bool = True) -> Array:
-    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any, unless
-    a product is in flight, which a branch would make ptxas serialise.
+    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any, but
+    not if a product is in flight, which a branch would make ptxas serialise.
     """
     plan, spec = loop.plan, loop.plan.spec
     if not plan.isolates and not plan.is_ragged:
@@ -483,7 +483,7 @@ def launch(
     """
     scratch = {name: x for name, x in scratch_types(plan)._asdict().items() if x is not None}
     dq_shape = dq.shape
-    dq = jax.new_ref(jnp.broadcast_to(dq, (*plan.dq_copies, *dq_shape)))
+    dq_ref = jax.new_ref(jnp.broadcast_to(dq, (*plan.dq_copies, *dq_shape)))
     dk, dv = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
@@ -495,5 +495,6 @@ def launch(
         kernel_name="flash_attention_bwd",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
-    )(q, k, v, do, lse, delta, *segments, dq)
-    return dq[...].reshape(-1, *dq_shape).sum(axis=0) if plan.interpret else dq[...], dk, dv
+    )(q, k, v, do, lse, delta, *segments, dq_ref)
+    dq = dq_ref[...]
+    return dq.reshape(-1, *dq_shape).sum(axis=0) if plan.interpret else dq, dk, dv
