@@ -37,7 +37,8 @@ def prepare_environment() -> None:
 
 
 def keep_compiled_programs(directory: Path) -> None:
-    """Keeps what is compiled for a GPU in `directory`, for later starts of the same run.
+    """Keeps what is compiled for a GPU in `directory`, for later starts of the same run, or where
+    JAX_COMPILATION_CACHE_DIR says, which runs may share.
 
     Autotuning may pick another GEMM algorithm in every process, and with it other roundings: a
     resumed run would not equal an undisturbed one. It also starts faster.
@@ -46,6 +47,7 @@ def keep_compiled_programs(directory: Path) -> None:
 
     if jax.default_backend() != "gpu":
         return
-    jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

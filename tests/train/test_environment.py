@@ -41,9 +41,20 @@ def test_a_run_keeps_its_compiled_programs_before_it_compiles_any(tmp_path, monk
     assert directories == [tmp_path / "run" / "compiled"]
 
 
+def test_programs_are_kept_where_the_user_says(tmp_path, monkeypatch):
+    set_to = {}
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "shared"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
+    environment.keep_compiled_programs(tmp_path / "run")
+    assert "jax_compilation_cache_dir" not in set_to
+    assert set_to["jax_persistent_cache_min_compile_time_secs"] == 0.0
+
+
 @pytest.mark.parametrize(("backend", "is_kept"), [("gpu", True), ("cpu", False)])
 def test_programs_are_kept_for_a_gpu_alone(backend, is_kept, tmp_path, monkeypatch):
     set_to = {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
     environment.keep_compiled_programs(tmp_path)
