@@ -19,9 +19,9 @@ The warps and barriers are those of `sm90_fwd_bf16`:
 
 P leaves the registers of X's accumulator and becomes the A operand of P V without moving
 (`accumulator_as_8_bit_operand`); for that, V^T has its keys in the order of `fp8.permute_16`.
-Without ping-pong nothing orders the warpgroups: with three of them, some are in the softmax while
-one multiplies. With it, a warpgroup issues P_j V_j and X_{j+1} in its turn; with overlap too, both
-are in flight at once (which takes 64 registers more).
+Without ping-pong nothing orders the warpgroups: all may multiply at the same time, and then all
+wait for exponentials. With it, a warpgroup issues P_j V_j and X_{j+1} in its turn, while the others
+are in the softmax; with overlap too, both are in flight at once (which takes 64 registers more).
 
 Not supported: head dims other than 64, 128, 256, biases, dropout, logit soft-capping.
 (Shah et al. 2024, arXiv:2407.08608; sinks and the order of keys: arXiv:2606.06521.)
@@ -160,8 +160,10 @@ def _attend(loop: Loop, queries: _Queries) -> _State:
         row_constant(NEG_INF, jnp.float32),
         row_constant(0.0, jnp.float32),
     )
-    if not plan.config.ping_pong:
+    if not plan.config.overlap:
+        take_turn(plan, loop.scratch)
         state = for_each_block(loop, functools.partial(_block, loop, queries), state, first=0)
+        pass_turn(plan, loop.scratch)
         _free_q(loop)
         return state
     first = jnp.int32(0)
@@ -185,18 +187,23 @@ def _free_q(loop: Loop) -> None:
 
 
 def _block(loop: Loop, queries: _Queries, may_be_masked: bool, j: Array, state: _State) -> _State:
-    """Adds block j."""
-    plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
+    """Adds block j. The turn, if there are any, has been taken, and is held again at the end: from
+    P V of one block to Q K^T of the next, without logits that the loop would have to carry.
+    """
+    plan, scratch = loop.plan, loop.scratch
+    plgpu.barrier_wait(scratch.k_full.at[loop.stage(j)])
 
     def product(acc: Any) -> Array:
         issue_qk(loop, acc, j)
+        pass_turn(plan, scratch)
         return acc[...]
 
-    logits = pl.run_scoped(product, logits_type(loop.plan))
+    logits = pl.run_scoped(product, logits_type(plan))
     logits = mask(loop, j, logits) if may_be_masked else logits
     p, decay, state = _softmax(loop, queries, j, logits, state)
     # This wait also keeps ptxas from mixing the softmax with what follows, and spilling.
-    plgpu.barrier_wait(loop.scratch.v_full.at[loop.stage(j)])
+    plgpu.barrier_wait(scratch.v_full.at[loop.stage(j)])
+    take_turn(plan, scratch)
     return state._replace(out=_add_pv(loop, j, p, decay, state.out))
 
 
@@ -221,15 +228,6 @@ def _block_in_turn(
     plgpu.barrier_wait(scratch.v_full.at[loop.stage(j)])
     plgpu.barrier_wait(scratch.k_full.at[loop.stage(j + 1)])
     take_turn(plan, scratch)
-    if not plan.config.overlap:
-        out = _add_pv(loop, j, p, decay, state.out)
-
-        def product(acc: Any) -> Array:
-            issue_qk(loop, acc, j + 1)
-            pass_turn(plan, scratch)
-            return acc[...]
-
-        return state._replace(out=out), pl.run_scoped(product, logits_type(plan))
 
     def products(o_acc: Any, s_acc: Any) -> tuple[Array, Array]:
         _issue_pv(loop, o_acc, p, j)

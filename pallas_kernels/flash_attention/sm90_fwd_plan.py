@@ -72,10 +72,11 @@ class Plan:
         in L2 while CTAs at other places of the same head read them.
         """
         spec = self.spec
-        if not self.has_schedule:
+        if not self.has_schedule and not self.are_tiles_unequal:
+            return spec.num_heads // spec.num_kv_heads
+        if not self.has_schedule and self.num_ctas < self.num_tiles:
             # Dealt out in turns, tiles of unequal length balance only if all longest ones go first.
-            group = spec.num_heads // spec.num_kv_heads
-            return spec.batch_size * spec.num_heads if self.are_tiles_unequal else group
+            return spec.batch_size * spec.num_heads
         itemsize = 1 if spec.precision == "fp8" else 2
         at_once = _L2_BYTES // (2 * itemsize * spec.key_length * spec.head_dim)
         kv_heads = spec.batch_size * spec.num_kv_heads

@@ -88,17 +88,18 @@ def _registers(config: ForwardConfig, spec: AttentionSpec) -> tuple[int, int]:
     product = out + config.block_kv // 8 + (out if spec.head_dim <= 128 else 0)
     if config.overlap:
         return product + logits, 32
-    # In turns, the addresses of both products are held.
-    return max(out + logits, product), 28 if config.ping_pong else 16
+    # In turns, one CTA for many tiles has to hold the addresses of more barriers.
+    return max(out + logits, product), 24 if config.ping_pong and config.persistent else 16
 
 
 def _fp8_candidates() -> Iterator[ForwardConfig]:
     """Yields the FP8 forward's configs."""
-    # (ping_pong, overlap, persistent): without turns a tile may have a CTA of its own.
+    # (ping_pong, overlap, persistent)
     schedules = (
         (False, False, True),
         (False, False, False),
         (True, False, True),
+        (True, False, False),
         (True, True, True),
     )
     for wgs, (block_kv, stages), schedule in itertools.product(

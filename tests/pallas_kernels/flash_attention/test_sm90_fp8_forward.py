@@ -1,5 +1,6 @@
 """The sm_90a FP8 forward kernel: interpreted against float64 and its twin in XLA, and compiled."""
 
+import dataclasses
 import functools
 
 import jax
@@ -45,7 +46,7 @@ INTERPRETED = [
     (Case(name="window_t_over_s", b=1, t=300, s=130, n=1, k=1, h=64, window=(50, 20)), FREE),
     (
         Case(name="packed", b=2, t=140, s=260, n=1, k=1, h=64, segments="packed"),
-        ForwardConfig(compute_warpgroups=3, ping_pong=False, overlap=False, num_stages=3),
+        ForwardConfig(compute_warpgroups=3, overlap=False, num_stages=3),
     ),
     (Case(name="overlap_d128", b=1, t=128, s=384, n=1, k=1, h=128), ForwardConfig()),
 ]
@@ -98,14 +99,24 @@ def compile_cases():
     yield Case(name="window_256", b=2, t=4096, s=4096, h=256, window=(512, 100))
 
 
-@pytest.mark.parametrize("case", list(compile_cases()), ids=str)
-def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case):
+THREE_IN_TURNS = ForwardConfig(compute_warpgroups=3, num_stages=4, overlap=False, persistent=False)
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        *((case, None) for case in compile_cases()),
+        (Case(name="turns", b=2, t=8192, s=8192, h=128, is_causal=True), THREE_IN_TURNS),
+    ],
+    ids=str,
+)
+def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, config):
     spec = spec_of(case)
     q, k, v, *ids = arguments(case)
     inputs = jax.eval_shape(lambda *qkv: fp8_quantize.quantize_inputs(*qkv, spec), q, k, v)
 
     def forward(inputs, q_ids=None, kv_ids=None):
-        return sm90_fp8.fp8_forward(inputs, q_ids, kv_ids, spec)
+        return sm90_fp8.fp8_forward(inputs, q_ids, kv_ids, spec, config=config)
 
     with hardware.assume_device_kind("NVIDIA H200"):
         report = ptxas_report(forward, inputs, *ids)
@@ -127,6 +138,8 @@ def test_every_candidate_is_accepted_or_has_a_reason():
     candidates = tuning.forward_candidates(spec_of(case))
     accepted = [config for config, reason in candidates if reason is None]
     assert tuning.forward_config(spec_of(case)) in accepted
+    assert THREE_IN_TURNS in accepted
+    assert dataclasses.replace(THREE_IN_TURNS, persistent=True) not in accepted  # it spills
     assert len(accepted) >= 6
     assert all(reason is None or len(reason) > 10 for _, reason in candidates)
 
