@@ -190,3 +190,35 @@ class BackwardConfig:
     def producer_registers(self) -> int:
         """Registers of a producer thread."""
         return _REGISTERS[self.compute_warpgroups][1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8BackwardConfig:
+    """How the sm_90 FP8 backward kernel cuts its work; changes the result by rounding at most."""
+
+    num_stages: int = 2
+    """Buffers for each of the query side's factors."""
+    separate_dq: bool = False
+    """The warpgroup that loads also multiplies and adds dQ. Otherwise the two that compute do, each
+    half of the columns, and wait for each other twice in a step."""
+    stagger: int | None = None
+    """A tile begins so many blocks of queries after the tile before it, and comes back to those it
+    has left out, because tiles that add to the same rows of dQ at the same time wait for each
+    other. None: 2 where all tiles see the same blocks, else 0: under a causal mask each begins at
+    its own diagonal, 2 blocks after the one before."""
+
+    def __post_init__(self) -> None:
+        if self.num_stages < 1:
+            raise ValueError(f"{self.num_stages=} must be at least 1")
+        if self.stagger is not None and self.stagger < 0:
+            raise ValueError(f"{self.stagger=} must be at least 0, or None for the mask's own")
+
+    @property
+    def compute_registers(self) -> int:
+        """Registers of a compute thread."""
+        return 224 if self.separate_dq else 240
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers of a thread of the warpgroup that loads."""
+        return 64 if self.separate_dq else 24

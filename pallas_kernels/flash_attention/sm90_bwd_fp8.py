@@ -32,7 +32,7 @@ Not supported: head dims other than 64 and 128 (dK and dV of 256 do not fit the 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +41,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.fp8 import E4M3
+from pallas_kernels.flash_attention.sm90_bwd_fp8_dq import add_own_part, assist, finish, hand_over
+from pallas_kernels.flash_attention.sm90_bwd_fp8_loads import produce
 from pallas_kernels.flash_attention.sm90_bwd_fp8_plan import (
     BLOCK_Q,
     TILE_KV,
-    TURN_SLOTS,
     WARPGROUPS,
     Inputs,
     Plan,
     Scalars,
     Scratch,
+    Tile,
     scratch_types,
+    tile_of,
 )
-from pallas_kernels.flash_attention.sm90_fwd_plan import BlockRange
 from pallas_kernels.mosaic import (
     PER_COLUMN,
     PER_ROW,
@@ -62,157 +64,19 @@ from pallas_kernels.mosaic import (
     keep_equal,
     launcher,
     set_first_row,
-    store_transposed_8_bits,
 )
 
-_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 
-
-class _Tile(NamedTuple):
-    """What one CTA computes."""
-
-    plan: Plan
-    inputs: Inputs
-    scratch: Scratch
-    batch: Array
-    kv_head: Array
-    kv_tile: Array
-    blocks: BlockRange  # of queries
-    counters: Any  # [num_turns], semaphores: warpgroups that have added to dQ; or None
-
-    def for_each_step(self, body: Any) -> Array:
-        """Calls body(head, block, step) for each head of the group and each block of queries;
-        returns the number of steps.
-
-        Tiles that add to the same block at the same time wait for each other. So where all tiles
-        see the same blocks, and no order is asked for, each begins with another one.
-        """
-        first_head = self.kv_head * self.plan.group
-        count = self.blocks.stop - self.blocks.start
-        first = jnp.int32(0)
-        if self.plan.spec.band.right is None and not self.plan.takes_turns:
-            first = lax.div(self.kv_tile * count, jnp.int32(self.plan.num_kv_tiles))
-
-        def in_head(g: Array, _: None) -> None:
-            def in_block(i: Array, _: None) -> None:
-                position = first + i
-                position -= jnp.where(position >= count, count, 0)
-                body(first_head + g, self.blocks.start + position, g * count + i)
-
-            lax.fori_loop(0, count, in_block, None)
-
-        lax.fori_loop(0, self.plan.group, in_head, None)
-        return self.plan.group * count
-
-    def await_turn(self, step: Array) -> None:
-        """Waits until all tiles that come before have added to dQ of a step; tells `_compute`."""
-        if not self.plan.takes_turns:
-            return
-        if self.counters is not None:
-            row = self.batch if self.plan.spec.has_segments else 0
-            _, block = self.position(step)
-            before = self.inputs.turns[row, self.kv_tile, block] * WARPGROUPS
-            counter = self.counter(step)
-            plgpu.semaphore_wait(counter, before, decrement=False, memory_scope="gpu")
-        plgpu.barrier_arrive(self.turn(step))
-
-    def pass_turn(self, step: Array) -> None:
-        """Waits until dQ of a step is in global memory, and lets the next tile add to it."""
-        if self.counters is not None:
-            plgpu.wait_smem_to_gmem(0)
-            plgpu.semaphore_signal(self.counter(step), memory_scope="gpu")
-
-    def position(self, step: Array) -> tuple[Array, Array]:
-        """Head and block of queries of a step."""
-        count = self.blocks.stop - self.blocks.start
-        head = self.kv_head * self.plan.group + lax.div(step, count)
-        return head, self.blocks.start + lax.rem(step, count)
-
-    def counter(self, step: Array) -> Any:
-        """The counter of the additions to dQ of a step; step -1 has one that nobody reads."""
-        head, block = self.position(step)
-        row = self.batch * self.plan.spec.num_heads + head
-        index = row * self.plan.num_q_blocks + block
-        return self.counters.at[jnp.where(step < 0, self.plan.num_turns - 1, index)]
-
-    def turn(self, step: Array) -> Any:
-        """The barrier of a step's turn."""
-        return self.scratch.turn.at[lax.rem(step, jnp.int32(TURN_SLOTS))]
-
-    def scalars(self) -> Scalars:
-        """The numbers of this tile."""
-        index = self.batch, self.kv_head, self.kv_tile
-        return Scalars(*(self.inputs.scalars[*index, i] for i in range(4)))
-
-    def slot(self, step: Array) -> Array:
-        """The buffers of a step."""
-        return lax.rem(step, jnp.int32(self.plan.num_stages))
-
-
-def _tile_of(plan: Plan, inputs: Inputs, scratch: Scratch, counters: Any) -> _Tile:
-    """This CTA's tile: the first keys, which a causal mask shows to the most queries, go first."""
-    heads = plan.spec.batch_size * plan.spec.num_kv_heads
-    cta = lax.axis_index("cta")
-    kv_tile, index = lax.div(cta, jnp.int32(heads)), lax.rem(cta, jnp.int32(heads))
-    batch = lax.div(index, jnp.int32(plan.spec.num_kv_heads))
-    kv_head = lax.rem(index, jnp.int32(plan.spec.num_kv_heads))
-    row = batch if plan.spec.has_segments else 0
-    blocks = BlockRange(*(inputs.block_ranges[row, kv_tile, i] for i in range(4)))
-    return _Tile(plan, inputs, scratch, batch, kv_head, kv_tile, blocks, counters)
-
-
-def _produce(tile: _Tile) -> None:
-    """Loads K, V once, then the query side's factors of each step as their buffers become free."""
-    plan, inputs, scratch = tile.plan, tile.inputs, tile.scratch
-    batch, kv_head = tile.batch, tile.kv_head
-    keys = pl.ds(tile.kv_tile * TILE_KV, TILE_KV)
-    plgpu.copy_gmem_to_smem(inputs.k.at[batch, keys, kv_head], scratch.k, scratch.kv_full)
-    plgpu.copy_gmem_to_smem(inputs.v.at[batch, keys, kv_head], scratch.v, scratch.kv_full)
-    for wg in range(WARPGROUPS):
-        half = pl.ds(tile.kv_tile * TILE_KV + wg * ROWS, ROWS)
-        source = inputs.k_t.at[batch, kv_head, :, half]
-        plgpu.copy_gmem_to_smem(source, scratch.k_t.at[wg], scratch.kv_full)
-
-    if plan.spec.fp8.rotate:
-        plgpu.copy_gmem_to_smem(inputs.matrix, scratch.matrix, scratch.kv_full)
-
-    def load(head: Array, block: Array, step: Array) -> None:
-        slot = tile.slot(step)
-        queries = pl.ds(block * BLOCK_Q, BLOCK_Q)
-        full, columns_full = scratch.rows_full.at[slot], scratch.columns_full.at[slot]
-        plgpu.barrier_wait(scratch.rows_free.at[slot])
-        for source, target in (
-            (inputs.q.at[batch, queries, head], scratch.q),
-            (inputs.dout.at[batch, queries, head], scratch.dout),
-            (inputs.rows.at[batch, head, block], scratch.rows),
-        ):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], full)
-        if plan.spec.has_segments:
-            plgpu.copy_gmem_to_smem(inputs.q_ids.at[batch, queries], scratch.q_ids.at[slot], full)
-        plgpu.barrier_wait(scratch.columns_free.at[slot])
-        for source, target in ((inputs.q_t, scratch.q_t), (inputs.dout_t, scratch.dout_t)):
-            columns = source.at[batch, head, :, queries]
-            plgpu.copy_gmem_to_smem(columns, target.at[slot], columns_full)
-        # Not before the loads that the step before needs to get to its turn.
-        pl.when(step > 0)(lambda: tile.await_turn(step - 1))
-
-    num_steps = tile.for_each_step(load)
-    pl.when(num_steps > 0)(lambda: tile.await_turn(num_steps - 1))
-    if plan.interpret:  # which insists that somebody waits for every arrival
-        for slot in range(plan.num_stages):
-            plgpu.barrier_wait(scratch.rows_free.at[slot])
-            plgpu.barrier_wait(scratch.columns_free.at[slot])
-
-
-def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
+def _compute(tile: Tile, outputs: tuple[Any, Any, Any]) -> None:
     """Computes dK and dV of ROWS keys, and this tile's part of dQ."""
     plan, scratch = tile.plan, tile.scratch
     wg = lax.axis_index("wg")
     dk_gmem, dv_gmem, dq_gmem = outputs
     first_key = tile.kv_tile * TILE_KV + wg * ROWS
-    for slot in range(plan.num_stages):  # all buffers start out free
-        plgpu.barrier_arrive(scratch.rows_free.at[slot])
-        plgpu.barrier_arrive(scratch.columns_free.at[slot])
+    if not plan.config.separate_dq:
+        for slot in range(plan.config.num_stages):  # all buffers start out free
+            plgpu.barrier_arrive(scratch.rows_free.at[slot])
+            plgpu.barrier_arrive(scratch.columns_free.at[slot])
     kv_ids = None
     if plan.spec.has_segments:
         ids = tile.inputs.kv_ids.at[tile.batch, pl.ds(first_key, ROWS)]
@@ -225,17 +89,26 @@ def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
             slot = tile.slot(step)
             p, ds = _probabilities(tile, scalars, kv_ids, block, slot)
             _add_dk_dv(tile, dk_acc, dv_acc, p, ds, slot)
-            dq = _dq(tile, ds)
-            plgpu.barrier_arrive(scratch.columns_free.at[slot])
-            _send_dq(tile, dq_gmem, dq, head, block, step)
+            hand_over(tile, ds, step)
+            if plan.config.separate_dq:
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(scratch.columns_free.at[slot])
+            else:
+                add_own_part(tile, dq_gmem, head, block, step)
 
-        num_steps = tile.for_each_step(run_step)
-        if plan.takes_turns:
-            pl.when(num_steps > 0)(lambda: tile.pass_turn(num_steps - 1))
+        tile.for_each_step(run_step)
+        finish(tile)
         return dk_acc[...], dv_acc[...]
 
     accumulator = plgpu.ACC((ROWS, plan.spec.head_dim), jnp.float32)
     dk, dv = pl.run_scoped(run, accumulator, accumulator)
+    _leave(tile, dk, dv, (dk_gmem, dv_gmem))
+
+
+def _leave(tile: Tile, dk: Array, dv: Array, targets: tuple[Any, Any]) -> None:
+    """Scales dK and dV, rotates dK back, and writes them through shared memory."""
+    plan, scratch = tile.plan, tile.scratch
+    wg = lax.axis_index("wg")
     # Reading these anew is cheaper than holding them in registers through the loop.
     scalars = tile.scalars()
     dk, dv = (
@@ -244,18 +117,20 @@ def _compute(tile: _Tile, outputs: tuple[Any, Any, Any]) -> None:
     )
     if plan.spec.fp8.rotate:
         dk = _rotate_back(tile, dk)
-    for value, target in ((dk, dk_gmem), (dv, dv_gmem)):
+    if plan.config.separate_dq:
+        plgpu.barrier_wait(scratch.dq_sent)
+    for value, target in zip((dk, dv), targets, strict=True):
         _, (buffer,) = scratch.staging
         buffer = buffer.at[wg]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer[...] = value
         plgpu.commit_smem()
-        keys = pl.ds(first_key, ROWS)
+        keys = pl.ds(tile.kv_tile * TILE_KV + wg * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(buffer, target.at[tile.batch, keys, tile.kv_head])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _rotate_back(tile: _Tile, dk: Array) -> Array:
+def _rotate_back(tile: Tile, dk: Array) -> Array:
     """Returns dK M^T in dK's type."""
     operand = dk
     if tile.plan.interpret:  # which takes no A operand in registers
@@ -272,7 +147,7 @@ def _rotate_back(tile: _Tile, dk: Array) -> Array:
 
 
 def _probabilities(
-    tile: _Tile, scalars: Scalars, kv_ids: Array | None, block: Array, slot: Array
+    tile: Tile, scalars: Scalars, kv_ids: Array | None, block: Array, slot: Array
 ) -> tuple[Array, Array]:
     """Returns P'^T and dS'^T of one block of queries, `[ROWS, BLOCK_Q]`, float32."""
     scratch = tile.scratch
@@ -300,14 +175,14 @@ def _probabilities(
     factor = scratch.rows[slot, 2, 0] * scalars.k_scale
     accumulator = plgpu.ACC((ROWS, BLOCK_Q), jnp.float32)
     p, dp = pl.run_scoped(products, accumulator, accumulator)
-    delta = column(1)
+    ds = p * (dp * scalars.slope - column(1))
     if tile.plan.interpret:  # whose race detector wants reads ordered before TMA's next write
         plgpu.commit_smem()
     plgpu.barrier_arrive(scratch.rows_free.at[slot])
-    return p, p * (dp * scalars.slope - delta)
+    return p, ds
 
 
-def _mask(tile: _Tile, kv_ids: Array | None, block: Array, slot: Array, s: Array) -> Array:
+def _mask(tile: Tile, kv_ids: Array | None, block: Array, slot: Array, s: Array) -> Array:
     """Sets the logits `[keys, queries]` of pairs that may not see each other to -inf."""
     spec, interpret = tile.plan.spec, tile.plan.interpret
     is_ragged = spec.key_length % TILE_KV != 0
@@ -334,7 +209,7 @@ def _mask(tile: _Tile, kv_ids: Array | None, block: Array, slot: Array, s: Array
     return lax.cond(needs_mask, masked, lambda: s)
 
 
-def _add_dk_dv(tile: _Tile, dk_acc: Any, dv_acc: Any, p: Array, ds: Array, slot: Array) -> None:
+def _add_dk_dv(tile: Tile, dk_acc: Any, dv_acc: Any, p: Array, ds: Array, slot: Array) -> None:
     """Starts dV += P'^T (dO 2^-E) and dK += dS'^T (q 2^(R - E - t))."""
     scratch, interpret = tile.scratch, tile.plan.interpret
     p, ds = (accumulator_as_8_bit_operand(x, E4M3, interpret=interpret) for x in (p, ds))
@@ -351,49 +226,6 @@ def _add_dk_dv(tile: _Tile, dk_acc: Any, dv_acc: Any, p: Array, ds: Array, slot:
     plgpu.wgmma(dk_acc, ds, scratch.q_t.at[slot].transpose((1, 0)))
 
 
-def _dq(tile: _Tile, ds: Array) -> Array:
-    """Exchanges dS'; returns this warpgroup's columns of dS' K, and waits for all products."""
-    plan, scratch = tile.plan, tile.scratch
-    wg = lax.axis_index("wg")
-    units, ds_bytes = (scratch.ds,) * 2 if plan.interpret else (x for (x,) in scratch.ds)
-    store_transposed_8_bits(ds, units.at[wg], E4M3, interpret=plan.interpret)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(scratch.ds_full)
-    plgpu.barrier_wait(scratch.ds_full)
-    columns = pl.ds(wg * plan.dq_columns, plan.dq_columns)
-
-    def product(acc: Any) -> Array:
-        for half in range(WARPGROUPS):
-            k_t = scratch.k_t.at[half, columns]
-            plgpu.wgmma(acc, ds_bytes.at[half], k_t.transpose((1, 0)))
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC((BLOCK_Q, plan.dq_columns), jnp.float32))
-
-
-def _send_dq(tile: _Tile, dq_gmem: Any, dq: Array, head: Array, block: Array, step: Array) -> None:
-    """Adds a part of dQ to global memory; afterwards dS may be overwritten."""
-    plan, scratch = tile.plan, tile.scratch
-    wg = lax.axis_index("wg")
-    plgpu.barrier_arrive(scratch.ds_free)
-    columns = pl.ds(wg * plan.dq_columns, plan.dq_columns)
-    target = dq_gmem.at[tile.batch, pl.ds(block * BLOCK_Q, BLOCK_Q), head, columns]
-    if plan.interpret:
-        if plan.takes_turns:
-            plgpu.barrier_wait(tile.turn(step))
-        target[...] = target[...] + dq
-    else:
-        (staged,), _ = scratch.staging
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        tile.pass_turn(step - 1)
-        staged.at[wg][...] = dq
-        plgpu.commit_smem()
-        if plan.takes_turns:
-            plgpu.barrier_wait(tile.turn(step))
-        plgpu.copy_smem_to_gmem(staged.at[wg], target, reduction_op="add")
-    plgpu.barrier_wait(scratch.ds_free)
-
-
 def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     """Splits the warpgroups into compute and producer."""
     *given, dq, dk, dv = refs
@@ -404,16 +236,21 @@ def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
         counters = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_turns,)))
     scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
     wg = lax.axis_index("wg")
+    config = plan.config
 
     @pl.when(wg < WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(_REGISTERS, action="increase")
-        _compute(_tile_of(plan, inputs, scratch, counters), (dk, dv, dq))
+        plgpu.set_max_registers(config.compute_registers, action="increase")
+        _compute(tile_of(plan, inputs, scratch, counters), (dk, dv, dq))
 
     @pl.when(wg == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(_tile_of(plan, inputs, scratch, counters))
+        plgpu.set_max_registers(config.producer_registers, action="decrease")
+        tile = tile_of(plan, inputs, scratch, counters)
+        if plan.config.separate_dq:
+            assist(tile, dq)
+        else:
+            produce(tile)
 
 
 @launcher("plan")

@@ -26,7 +26,7 @@ from pallas_kernels.flash_attention import (
     sm90_quantize_fp8,
     tuning,
 )
-from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
+from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig, Fp8BackwardConfig
 from pallas_kernels.flash_attention.masks import Band
 from pallas_kernels.flash_attention.sm90_fwd_plan import Plan
 
@@ -180,13 +180,17 @@ def fp8_backward(
     kv_segment_ids: Array | None,
     spec: AttentionSpec,
     *,
+    config: Fp8BackwardConfig | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Implements `fp8_vjp.Kernels.fp8_backward`; `interpret` runs it in the CPU interpreter."""
+    """Implements `fp8_vjp.Kernels.fp8_backward`; `config` says how to cut the work, `interpret`
+    runs it in the CPU interpreter.
+    """
     reason = _backward_unsupported_reason(spec)
     if reason is not None:
         raise NotImplementedError(f"precision='fp8' cannot be differentiated here: {reason}")
-    plan = sm90_bwd_fp8_plan.Plan(spec=spec, interpret=interpret)
+    config = config or Fp8BackwardConfig()
+    plan = sm90_bwd_fp8_plan.Plan(spec=spec, config=config, interpret=interpret)
     operands = backward_operands(inputs, gradients, q_segment_ids, kv_segment_ids, plan)
     dq, dk, dv = sm90_bwd_fp8.launch(operands, plan=plan)
     dk, dv = dk[:, : spec.key_length], dv[:, : spec.key_length]

@@ -15,7 +15,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from pallas_kernels.flash_attention import fp8_quantize, fp8_xla, sm90, sm90_fp8
-from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
+from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig, Fp8BackwardConfig
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.flash_attention import test_sm90_fp8_forward
 from tests.pallas_kernels.flash_attention.test_sm90_backward import interpreted
@@ -70,9 +70,11 @@ def test_fp8_forward(late_warpgroup):
     assert np.linalg.norm(np.asarray(out, np.float64) - want) <= 0.06 * np.linalg.norm(want)
 
 
-def test_fp8_backward(late_warpgroup):
+@pytest.mark.parametrize("separate_dq", [False, True])
+def test_fp8_backward(late_warpgroup, separate_dq):
     q, k, v, dout, dlse = CASE.arrays(jnp.bfloat16)
     spec = test_sm90_fp8_forward.spec_of(CASE, deterministic=True)
+    config = Fp8BackwardConfig(separate_dq=separate_dq)
 
     @jax.jit
     def operands(q, k, v, dout, dlse):
@@ -82,7 +84,7 @@ def test_fp8_backward(late_warpgroup):
         return inputs, gradients, fp8_xla.fp8_backward(inputs, gradients, None, None, spec)
 
     inputs, gradients, twin = operands(q, k, v, dout, dlse)
-    got = sm90_fp8.fp8_backward(inputs, gradients, None, None, spec, interpret=True)
+    got = sm90_fp8.fp8_backward(inputs, gradients, None, None, spec, config=config, interpret=True)
     for x, y in zip(got, twin, strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(y)

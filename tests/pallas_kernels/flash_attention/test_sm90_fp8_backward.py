@@ -16,10 +16,12 @@ from pallas_kernels.flash_attention import (
     sm90_bwd_fp8_plan,
     sm90_fp8,
 )
+from pallas_kernels.flash_attention.config import Fp8BackwardConfig
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.compile_gate import ptxas_report
 from tests.pallas_kernels.flash_attention.test_sm90_fp8_forward import arguments, spec_of
 
+SEPARATE = Fp8BackwardConfig(separate_dq=True, stagger=3)
 INTERPRETED = [
     (Case(name="causal_gqa_ragged", b=1, t=150, s=150, n=2, k=1, h=64, is_causal=True), {}),
     (
@@ -35,10 +37,25 @@ INTERPRETED = [
         dict(quantize_implementation="mosaic"),
     ),
 ]
+INTERPRETED = [
+    *((case, options, None) for case, options in INTERPRETED),
+    (
+        Case(name="separate", b=1, t=330, s=200, n=2, k=1, h=64, is_causal=True),
+        {},
+        SEPARATE,
+    ),
+    (
+        Case(name="separate_in_order", b=1, t=150, s=150, n=2, k=1, h=64, is_causal=True),
+        dict(deterministic=True),
+        SEPARATE,
+    ),
+]
 
 
-@pytest.mark.parametrize(("case", "options"), INTERPRETED, ids=[str(c) for c, _ in INTERPRETED])
-def test_interpreted_kernel_rounds_as_the_twin_and_is_free_of_races(case, options):
+@pytest.mark.parametrize(
+    ("case", "options", "config"), INTERPRETED, ids=[str(c) for c, *_ in INTERPRETED]
+)
+def test_interpreted_kernel_rounds_as_the_twin_and_is_free_of_races(case, options, config):
     q, k, v, dout, dlse = case.arrays(jnp.bfloat16)
     expected = case.expected(q, k, v, dout, dlse)
     spec = spec_of(case, **options)
@@ -52,7 +69,7 @@ def test_interpreted_kernel_rounds_as_the_twin_and_is_free_of_races(case, option
         return inputs, gradients, fp8_xla.fp8_backward(inputs, gradients, *ids, spec)
 
     inputs, gradients, twin = operands(q, k, v, dout, dlse)
-    got = sm90_fp8.fp8_backward(inputs, gradients, *ids, spec, interpret=True)
+    got = sm90_fp8.fp8_backward(inputs, gradients, *ids, spec, config=config, interpret=True)
     assert not interpret_pallas_call.get_races().races_found
     dq, dk, dv = got
     finished = fp8_quantize.add_mean(dq, inputs, gradients, dlse, spec), dk, dv
@@ -76,11 +93,16 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(
-    ("case", "deterministic"),
-    [*((case, False) for case in COMPILED), *((case, True) for case in COMPILED[1:])],
+    ("case", "deterministic", "config"),
+    [
+        *((case, False, None) for case in COMPILED),
+        *((case, True, None) for case in COMPILED[1:]),
+        *((case, False, SEPARATE) for case in COMPILED[:4]),
+        (COMPILED[1], True, SEPARATE),
+    ],
     ids=str,
 )
-def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, deterministic):
+def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, deterministic, config):
     spec = spec_of(case, deterministic=deterministic)
     q, k, v, *ids = arguments(case)
 
@@ -94,7 +116,7 @@ def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, determinis
     inputs, gradients = jax.eval_shape(operands, q, k, v, q)
 
     def backward(inputs, gradients, q_ids=None, kv_ids=None):
-        return sm90_fp8.fp8_backward(inputs, gradients, q_ids, kv_ids, spec)
+        return sm90_fp8.fp8_backward(inputs, gradients, q_ids, kv_ids, spec, config=config)
 
     with hardware.assume_device_kind("NVIDIA H200"):
         report = ptxas_report(backward, inputs, gradients, *ids)
