@@ -201,6 +201,8 @@ class Fp8BackwardConfig:
     separate_dq: bool = False
     """The warpgroup that loads also multiplies and adds dQ. Otherwise the two that compute do, each
     half of the columns, and wait for each other twice in a step."""
+    early_dv: bool = False
+    """dV's product starts as soon as the probabilities are there, not with dK's."""
     stagger: int | None = None
     """A tile begins so many blocks of queries after the tile before it, and comes back to those it
     has left out, because tiles that add to the same rows of dQ at the same time wait for each

@@ -15,16 +15,22 @@ rotated back by one more product.
                  dQ for half of the head dim                columns_full           columns_free
   producer (2)   TMA loads                                  rows_free columns_free (TMA) the *_full
 
+With `separate_dq`, dQ is the third warpgroup's: the other two wait for nobody but it, two steps
+later (`ds_free`), and its products and its addition overlap theirs.
+
+  compute 0, 1   S^T, dP^T, dV, dK for 64 keys              the *_full, ds_free    ds_full, *_free
+  assistant (2)  TMA loads, dQ                              ds_full, the *_free    ds_free dq_sent
+
 8-bit wgmma has no transposed operands, so each factor comes in the order in which it is contracted:
 q and dO as rows and as columns (`fp8.permute_16` along the queries, the order that accumulators
 have as A operands), k as rows and as columns (`fp8.permute_28` along the keys). dS reaches shared
 memory transposed: the bytes of keys g and g + 8 make one 16-bit unit, and stmatrix transposes
-units; hence that order. `dS_full` and `dS_free` order the exchange between the warpgroups.
+units; hence that order. `ds_full` and `ds_free` order the exchange between the warpgroups.
 
 Deterministic mode: tiles that add to the same part of dQ take turns in the order of their keys,
 counted in global memory (`turns`); the producer waits for a step's turn, and tells the compute
-warpgroups by the barrier `turn`. A tile waits only for tiles of smaller CTA index, which have begun
-before, because the hardware starts CTAs in order.
+warpgroups by the barrier `turn`; an assistant waits itself. A tile waits only for tiles of smaller
+CTA index, which have begun before, because the hardware starts CTAs in order.
 
 Not supported: head dims other than 64 and 128 (dK and dV of 256 do not fit the registers).
 """
@@ -87,8 +93,7 @@ def _compute(tile: Tile, outputs: tuple[Any, Any, Any]) -> None:
     def run(dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
         def run_step(head: Array, block: Array, step: Array) -> None:
             slot = tile.slot(step)
-            p, ds = _probabilities(tile, scalars, kv_ids, block, slot)
-            _add_dk_dv(tile, dk_acc, dv_acc, p, ds, slot)
+            ds = _step(tile, (dk_acc, dv_acc), scalars, kv_ids, block, slot)
             hand_over(tile, ds, step)
             if plan.config.separate_dq:
                 plgpu.wgmma_wait(0)
@@ -146,40 +151,82 @@ def _rotate_back(tile: Tile, dk: Array) -> Array:
     return pl.run_scoped(product, accumulator).astype(dk.dtype)
 
 
-def _probabilities(
-    tile: Tile, scalars: Scalars, kv_ids: Array | None, block: Array, slot: Array
-) -> tuple[Array, Array]:
-    """Returns P'^T and dS'^T of one block of queries, `[ROWS, BLOCK_Q]`, float32."""
-    scratch = tile.scratch
+def _step(
+    tile: Tile,
+    accumulators: tuple[Any, Any],
+    scalars: Scalars,
+    kv_ids: Array | None,
+    block: Array,
+    slot: Array,
+) -> Array:
+    """Starts dV += P'^T (dO 2^-E) and dK += dS'^T (q 2^(R - E - t)) of one block of queries;
+    returns dS'^T, `[ROWS, BLOCK_Q]`, float32.
+    """
+    plan, scratch = tile.plan, tile.scratch
+    dk_acc, dv_acc = accumulators
     keys = pl.ds(lax.axis_index("wg") * ROWS, ROWS)
 
     def column(i: int) -> Array:
         x = plgpu.load(scratch.rows.at[slot, i], layout=PER_COLUMN)
         return lax.broadcast_in_dim(x, (ROWS, BLOCK_Q), [1])
 
-    def corrected(s: Array) -> Array:
-        first_key = plgpu.load(scratch.rows.at[slot, 3], layout=PER_COLUMN)
-        return set_first_row(s, first_key, interpret=tile.plan.interpret)
-
     def products(s_acc: Any, dp_acc: Any) -> tuple[Array, Array]:
         plgpu.wgmma(s_acc, scratch.k.at[keys], scratch.q.at[slot].transpose((1, 0)))
         plgpu.wgmma(dp_acc, scratch.v.at[keys], scratch.dout.at[slot].transpose((1, 0)))
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-        s = _mask(tile, kv_ids, block, slot, s)
-        if tile.plan.spec.fp8.exact_first_key:
-            has_it = (tile.kv_tile == 0) & (lax.axis_index("wg") == 0)
-            s = lax.cond(has_it, functools.partial(corrected, s), lambda: s)
-        return jnp.exp2(s * factor - column(0)), dp_acc[...]
+        s = _exact(tile, slot, _mask(tile, kv_ids, block, slot, s))
+        p = jnp.exp2(s * factor - column(0))
+        if not plan.config.early_dv:
+            return p, dp_acc[...]
+        (p8,) = _operands(tile, (p,))
+        plgpu.barrier_wait(scratch.columns_full.at[slot])
+        plgpu.wgmma(dv_acc, p8, scratch.dout_t.at[slot].transpose((1, 0)))
+        return p, plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
 
     plgpu.barrier_wait(scratch.rows_full.at[slot])
     factor = scratch.rows[slot, 2, 0] * scalars.k_scale
     accumulator = plgpu.ACC((ROWS, BLOCK_Q), jnp.float32)
     p, dp = pl.run_scoped(products, accumulator, accumulator)
     ds = p * (dp * scalars.slope - column(1))
-    if tile.plan.interpret:  # whose race detector wants reads ordered before TMA's next write
+    if plan.interpret:  # whose race detector wants reads ordered before TMA's next write
         plgpu.commit_smem()
     plgpu.barrier_arrive(scratch.rows_free.at[slot])
-    return p, ds
+    if plan.config.early_dv:
+        (ds8,) = _operands(tile, (ds,), first=1)
+    else:
+        p8, ds8 = _operands(tile, (p, ds))
+        plgpu.barrier_wait(scratch.columns_full.at[slot])
+        plgpu.wgmma(dv_acc, p8, scratch.dout_t.at[slot].transpose((1, 0)))
+    plgpu.wgmma(dk_acc, ds8, scratch.q_t.at[slot].transpose((1, 0)))
+    return ds
+
+
+def _operands(tile: Tile, values: tuple[Array, ...], first: int = 0) -> tuple[Any, ...]:
+    """Rounds P'^T or dS'^T to 8 bits, as A operands."""
+    interpret = tile.plan.interpret
+    rounded = tuple(accumulator_as_8_bit_operand(x, E4M3, interpret=interpret) for x in values)
+    if not interpret:
+        # Converted before the products start: their registers must not change while they run.
+        return lax.optimization_barrier(rounded)
+    buffers = tile.scratch.operands.at[lax.axis_index("wg")]  # no A operand in registers
+    targets = tuple(buffers.at[first + i] for i in range(len(rounded)))
+    for target, x in zip(targets, rounded, strict=True):
+        target[...] = x
+    plgpu.commit_smem()
+    return targets
+
+
+def _exact(tile: Tile, slot: Array, s: Array) -> Array:
+    """Replaces the logits of the first key by those without rounding, if asked for."""
+
+    def corrected() -> Array:
+        first_key = plgpu.load(tile.scratch.rows.at[slot, 3], layout=PER_COLUMN)
+        return set_first_row(s, first_key, interpret=tile.plan.interpret)
+
+    if not tile.plan.spec.fp8.exact_first_key:
+        return s
+    has_it = (tile.kv_tile == 0) & (lax.axis_index("wg") == 0)
+    return lax.cond(has_it, corrected, lambda: s)
 
 
 def _mask(tile: Tile, kv_ids: Array | None, block: Array, slot: Array, s: Array) -> Array:
@@ -207,23 +254,6 @@ def _mask(tile: Tile, kv_ids: Array | None, block: Array, slot: Array, s: Array)
 
     needs_mask = (block < tile.blocks.full_start) | (block >= tile.blocks.full_stop)
     return lax.cond(needs_mask, masked, lambda: s)
-
-
-def _add_dk_dv(tile: Tile, dk_acc: Any, dv_acc: Any, p: Array, ds: Array, slot: Array) -> None:
-    """Starts dV += P'^T (dO 2^-E) and dK += dS'^T (q 2^(R - E - t))."""
-    scratch, interpret = tile.scratch, tile.plan.interpret
-    p, ds = (accumulator_as_8_bit_operand(x, E4M3, interpret=interpret) for x in (p, ds))
-    plgpu.barrier_wait(scratch.columns_full.at[slot])
-    if interpret:  # which takes no A operand in registers
-        operands = scratch.operands.at[lax.axis_index("wg")]
-        operands.at[0][...], operands.at[1][...] = p, ds
-        plgpu.commit_smem()
-        p, ds = operands.at[0], operands.at[1]
-    else:
-        # Converted before the products start: their registers must not change while they run.
-        p, ds = lax.optimization_barrier((p, ds))
-    plgpu.wgmma(dv_acc, p, scratch.dout_t.at[slot].transpose((1, 0)))
-    plgpu.wgmma(dk_acc, ds, scratch.q_t.at[slot].transpose((1, 0)))
 
 
 def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:

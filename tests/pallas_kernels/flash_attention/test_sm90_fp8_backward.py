@@ -21,7 +21,8 @@ from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.compile_gate import ptxas_report
 from tests.pallas_kernels.flash_attention.test_sm90_fp8_forward import arguments, spec_of
 
-SEPARATE = Fp8BackwardConfig(separate_dq=True, stagger=3)
+SEPARATE = Fp8BackwardConfig(separate_dq=True, early_dv=True, stagger=3)
+EARLY = Fp8BackwardConfig(early_dv=True)
 INTERPRETED = [
     (Case(name="causal_gqa_ragged", b=1, t=150, s=150, n=2, k=1, h=64, is_causal=True), {}),
     (
@@ -99,6 +100,8 @@ COMPILED = [
         *((case, True, None) for case in COMPILED[1:]),
         *((case, False, SEPARATE) for case in COMPILED[:4]),
         (COMPILED[1], True, SEPARATE),
+        (COMPILED[1], False, EARLY),
+        (COMPILED[1], False, Fp8BackwardConfig(separate_dq=True)),
     ],
     ids=str,
 )
