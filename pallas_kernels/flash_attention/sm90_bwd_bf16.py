@@ -218,10 +218,8 @@ def _next_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) ->
 
 
 def _late_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) -> Array:
-    """Computes dK of the step before, then its dQ beside dV and dS of this one.
-
-    The other warpgroup's dS is needed only after the exponentials, when it has long been written,
-    so that the warpgroups may drift apart by half a step: one computes while the other multiplies.
+    """`_next_block` for `late_dq`: dQ of the step before waits until this one's exponentials are
+    done, and the other warpgroup's dS has long been written.
     """
     plan, scratch = loop.plan, loop.scratch
 
@@ -233,6 +231,8 @@ def _late_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) ->
 
     s = pl.run_scoped(logits, _block_type(plan))
     p = pin(plan, pin(plan, _probabilities(loop, step, s)).astype(plan.spec.dtype))
+    plgpu.wgmma_wait(0)  # dK, so that the Q after the next is on its way early enough
+    plgpu.barrier_arrive(scratch.q_free.at[loop.q_slot(step - 1)])
 
     def dq_beside_dv(dq_acc: Any) -> None:
         plgpu.barrier_wait(scratch.exchange)
@@ -240,7 +240,6 @@ def _late_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) ->
         plgpu.barrier_wait(scratch.do_full.at[loop.do_slot(step)])
         _issue_dv(loop, dv_acc, step, p)
         dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
-        plgpu.barrier_arrive(scratch.q_free.at[loop.q_slot(step - 1)])
         add_dq(loop, step - 1, 0, dq)
 
     def dp_alone(dp_acc: Any) -> Array:
