@@ -240,37 +240,37 @@ class Tile(NamedTuple):
 
         def in_head(g: Array, _: None) -> None:
             def in_block(i: Array, _: None) -> None:
-                body(first_head + g, self._block(i), g * self.count + i)
+                body(first_head + g, self._block(i), g * self.num_blocks + i)
 
-            lax.fori_loop(0, self.count, in_block, None)
+            lax.fori_loop(0, self.num_blocks, in_block, None)
 
         lax.fori_loop(0, self.plan.group, in_head, None)
         return self.num_steps
 
     @property
-    def count(self) -> Array:
+    def num_blocks(self) -> Array:
         """Blocks of queries of each head that see this tile."""
         return self.blocks.stop - self.blocks.start
 
     @property
     def num_steps(self) -> Array:
         """Blocks of queries of all heads."""
-        return self.plan.group * self.count
+        return self.plan.group * self.num_blocks
 
     def position(self, step: Array | int) -> tuple[Array, Array]:
         """Head and block of queries of a step."""
-        step = jnp.int32(step)
+        step = jnp.asarray(step, jnp.int32)
         if self.plan.group == 1:
             return self.kv_head, self._block(step)
-        head = self.kv_head * self.plan.group + lax.div(step, self.count)
-        return head, self._block(lax.rem(step, self.count))
+        head = self.kv_head * self.plan.group + lax.div(step, self.num_blocks)
+        return head, self._block(lax.rem(step, self.num_blocks))
 
     def _block(self, i: Array) -> Array:
         """The i-th block of queries of a head."""
         distance = self.plan.start_distance
         if distance > 0:
-            i += lax.rem(self.kv_tile * distance, jnp.maximum(self.count, 1))
-            i -= jnp.where(i >= self.count, self.count, 0)
+            i += lax.rem(self.kv_tile * distance, jnp.maximum(self.num_blocks, 1))
+            i -= jnp.where(i >= self.num_blocks, self.num_blocks, 0)
         return self.blocks.start + i
 
     def await_turn(self, step: Array) -> None:
