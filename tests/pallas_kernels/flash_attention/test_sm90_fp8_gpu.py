@@ -4,6 +4,7 @@ Both references are computed on the CPU: they compile there in seconds, and for 
 minute, because XLA tries out algorithms for each of their products.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Fp8Options, flash_attention
+from pallas_kernels.flash_attention import fp8_quantize, sm90_fp8, tuning
+from pallas_kernels.flash_attention.config import Fp8BackwardConfig
 from tests.pallas_kernels.cases import Case
+from tests.pallas_kernels.flash_attention.test_sm90_fp8_forward import spec_of
 
 pytestmark = pytest.mark.gpu
 
@@ -122,3 +126,45 @@ def test_bf16_backward_of_an_fp8_forward():
     for name, x, y in zip(("dq", "dk", "dv"), got, want, strict=True):
         # The probabilities are those of bf16 logits over an FP8 log-sum-exp.
         assert relative(x, y) <= 0.06, name
+
+
+TIMED = Case(name="x", b=2, t=1100, s=1100, n=4, k=2, h=128, is_causal=True)
+
+
+def test_turns_change_no_bit_of_the_forward():
+    spec = spec_of(TIMED)
+    inputs = jax.jit(lambda *qkv: fp8_quantize.quantize_inputs(*qkv, spec))(
+        *TIMED.arrays(jnp.bfloat16)[:3]
+    )
+    free = tuning.forward_config(spec)
+    assert free.compute_warpgroups == 3 and not free.ping_pong
+    results = []
+    for config in (free, dataclasses.replace(free, ping_pong=True)):
+        out, statistics = sm90_fp8.fp8_forward(inputs, None, None, spec, config=config)
+        results.append((np.asarray(out, np.float32), *statistics))
+    for x, y in zip(*results, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_how_the_backward_is_cut_changes_no_bit_in_a_fixed_order():
+    spec = spec_of(TIMED, deterministic=True)
+
+    @jax.jit
+    def operands(q, k, v, dout, dlse):
+        inputs = fp8_quantize.quantize_inputs(q, k, v, spec)
+        out, statistics = sm90_fp8.fp8_forward(inputs, None, None, spec)
+        return inputs, fp8_quantize.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
+
+    inputs, gradients = operands(*TIMED.arrays(jnp.bfloat16))
+    results = [
+        sm90_fp8.fp8_backward(inputs, gradients, None, None, spec, config=config)
+        for config in (
+            Fp8BackwardConfig(),
+            Fp8BackwardConfig(early_dv=True),
+            Fp8BackwardConfig(separate_dq=True),
+            Fp8BackwardConfig(separate_dq=True, early_dv=True),
+        )
+    ]
+    for other in results[1:]:
+        for name, x, y in zip(("dq", "dk", "dv"), results[0], other, strict=True):
+            np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (x, y)), name)
