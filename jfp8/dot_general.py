@@ -32,6 +32,7 @@ from jfp8.gemms import (
     CastInput,
     CastKernel,
     cast,
+    decided,
     dgrad_gemm,
     explicit_sharding,
     forward_gemm,
@@ -133,6 +134,11 @@ def dot_general(
     lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contract).reshape(*leading, m, k)
     rhs = rhs.transpose(*rhs_batch, *rhs_contract, *rhs_free).reshape(*leading, k, n)
     shardings = explicit_sharding(lhs), explicit_sharding(rhs)
+    grad = jax.ShapeDtypeStruct((*leading, m, n), lhs.dtype)
+    if recipe.quantize_implementation == "auto" and lhs_cast is not None:
+        # A kernel made it: wgrad contracts its columns with those of the gradient.
+        recipe = dataclasses.replace(recipe, quantize_implementation="mosaic")
+    recipe = decided(recipe, lhs, rhs, grad)
     static = _Static(recipe, lhs.dtype, rhs.dtype, *shardings)
     if recipe.quantizes:
         state = validated_state(state, recipe)

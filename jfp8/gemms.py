@@ -7,9 +7,11 @@ needed as it is for one GEMM and transposed for another:
     wgrad  lhs columns, grad columns
 
 With `Recipe.quantize_implementation="mosaic"` one kernel writes both layouts. With "xla" a cast has
-rows alone, and XLA transposes the 8-bit rows where a GEMM needs columns.
+rows alone, and XLA transposes the 8-bit rows where a GEMM needs columns. All operands of a dot are
+cast by the same of the two: `decided` settles which before the first one is.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -21,16 +23,38 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import pallas_kernels
+from jfp8.formats import E4M3
 from jfp8.quantize import current_scale, group_amax_bits, quantize, statistics
 from jfp8.recipe import GemmImplementation, Recipe
 from jfp8.scaling import LHS, RHS, ScalingState
 from pallas_kernels.matmul.config import Accumulation
-from pallas_kernels.quantize.contract import Layouts
+from pallas_kernels.quantize.api import unsupported_reason as mosaic_cast_reason
+from pallas_kernels.quantize.contract import Layouts, sees_parts
 
 # Contracted dimension of each operand as [.., rows, columns], and accumulation of FP8 GEMMs.
 FWD, DGRAD, WGRAD = (-1, -2), (-1, -1), (-2, -2)
 FAST, EXACT = lax.Precision.DEFAULT, lax.Precision.HIGHEST
 _LAST = (-1, -1)  # of operands that are already as the tensor cores read them
+
+Matrix = jax.Array | jax.ShapeDtypeStruct
+
+
+def decided(recipe: Recipe, *operands: Matrix, unsupported_reason: str | None = None) -> Recipe:
+    """The recipe with a `quantize_implementation` that is not "auto".
+
+    Args:
+      recipe: of a dot.
+      operands: what the dot casts, both layouts of each; of a stack of matrices "auto" is "xla",
+        for a kernel would start once for each of them.
+      unsupported_reason: another reason against "mosaic".
+    """
+    if recipe.quantize_implementation != "auto":
+        return recipe
+    is_mosaic = recipe.quantizes and unsupported_reason is None and sees_parts()
+    for x in operands if is_mosaic else ():
+        # The format of a slot makes no difference to the kernel.
+        is_mosaic &= x.ndim == 2 and mosaic_cast_reason(x, dtype=E4M3.dtype) is None
+    return dataclasses.replace(recipe, quantize_implementation="mosaic" if is_mosaic else "xla")
 
 
 class Cast(NamedTuple):
@@ -55,9 +79,10 @@ def cast(
       x: bfloat16 or float32.
       scale: float32 `()`, of the state; NaN if it is not calibrated.
       slot: LHS, RHS or GRAD.
-      recipe: says which scale is used, and who casts.
+      recipe: says which scale is used, and who casts; `decided`.
       layouts: the kernel writes only these; XLA ignores it.
     """
+    assert recipe.quantize_implementation != "auto", "nobody decided who casts"
     format = recipe.formats[slot]
     rows = _rows(x)
     scale, amax_bits = chosen_scale(rows, scale, slot, recipe)
@@ -95,7 +120,7 @@ def cast_kernel(kernel: jax.Array, state: ScalingState, recipe: Recipe) -> CastK
       state: of the dot; the scale is that of its rhs.
       recipe: of the dot; not bf16.
     """
-    q = cast(kernel, state.scale[RHS], RHS, recipe)
+    q = cast(kernel, state.scale[RHS], RHS, decided(recipe, kernel))
     assert q.rows is not None
     columns = None if q.columns is None else as_bytes(q.columns)
     return CastKernel(as_bytes(q.rows), columns, q.scale, q.seen)

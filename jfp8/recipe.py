@@ -9,7 +9,7 @@ from jfp8.formats import E4M3, E5M2, Format
 RecipeName = Literal["bf16", "delayed", "current"]
 GradientFormat = Literal["e5m2", "e4m3"]
 Calibration = Literal["inline", "explicit"]
-QuantizeImplementation = Literal["xla", "mosaic"]
+QuantizeImplementation = Literal["auto", "xla", "mosaic"]
 GemmImplementation = Literal["xla", "mosaic_forward", "mosaic"]
 WeightGradDtype = Literal["float32", "bfloat16"]
 
@@ -37,9 +37,11 @@ class Recipe:
     """What a delayed scale without history does. inline: it takes this call's own amax. explicit:
     it is NaN, so misuse is loud; the caller runs the first step with `recipe.calibrating()`, and
     then no quantisation ever waits for an amax."""
-    quantize_implementation: QuantizeImplementation = "xla"
+    quantize_implementation: QuantizeImplementation = "auto"
     """Who casts and transposes. xla: any device and shape. mosaic: Pallas kernels for Hopper, one
-    pass over each tensor; M and K must be multiples of 128, N of 64. Both cast alike."""
+    pass over each tensor; M and K must be multiples of 128, N of 64. Both cast alike. auto: each
+    dot takes mosaic where its kernels can run, xla elsewhere, and where the partitioner is to split
+    arrays among several devices (see `decided`)."""
     gemm_implementation: GemmImplementation = "xla"
     """Who runs the GEMMs. xla: any device, cuBLASLt on Hopper. mosaic_forward: the Pallas kernel
     for Hopper runs those that accumulate fast; K must be a multiple of 128, N of 64. mosaic: it

@@ -26,7 +26,7 @@ def rmsnorm_cast(
     *,
     eps: float,
     recipe: Recipe,
-    gradient_implementation: Literal["xla", "mosaic"] = "xla",
+    gradient_implementation: Literal["xla", "mosaic"] | None = None,
 ) -> tuple[jax.Array, jax.Array, CastInput]:
     """Normalises x and casts the result to be the lhs of a dot; differentiable.
 
@@ -36,7 +36,8 @@ def rmsnorm_cast(
       state: of the dot.
       eps: added to the mean of squares.
       recipe: of the dot: `delayed` with explicit calibration, because the scale must be known
-        before the result is, and `quantize_implementation="mosaic"`.
+        before the result is, and `quantize_implementation="mosaic"`: "auto" is settled by the dot,
+        later.
       gradient_implementation: as in `pallas_kernels.rmsnorm`.
 
     Returns: y `[..., K]` and `CastInput` of it, for `jfp8.dot_general(y, ..., lhs_cast=)`; in

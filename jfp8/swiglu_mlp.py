@@ -24,6 +24,7 @@ from jfp8.gemms import (
     CastKernel,
     cast,
     chosen_scale,
+    decided,
     dgrad_gemm,
     explicit_sharding,
     forward_gemm,
@@ -42,8 +43,8 @@ from jfp8.recipe import Recipe
 from jfp8.scaling import GRAD, LHS, RHS, ScalingState
 from jfp8.validation import validate_operands, validated_state
 from pallas_kernels import Quantized
-from pallas_kernels.fused.swiglu import activation, gradient
-from pallas_kernels.quantize.contract import Layouts
+from pallas_kernels.fused.swiglu import activation, gradient, quantize_unsupported_reason
+from pallas_kernels.quantize.contract import Implementation, Layouts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ def swiglu_mlp(
     validate_operands(rows, gate_up_kernel, recipe, m=m, k=k, n=width)
     validate_operands(rows, down_kernel, recipe, m=m, k=width // 2, n=down_kernel.shape[1])
     states = [validated_state(state, recipe) for state in (gate_up_state, down_state)]
+    recipe = _decided(recipe, rows, gate_up_kernel, down_kernel, group)
     static = _Static(recipe, group, x.dtype, (gate_up_kernel.dtype, down_kernel.dtype))
     arrays = [rows, gate_up_kernel, down_kernel]
     arrays += [array for state in states for array in (state.scale, state.observation)]
@@ -120,6 +122,13 @@ def swiglu_mlp(
     arrays, *casts = jax.tree.unflatten(structure, same_varying(*leaves))
     out = _mlp(static, *arrays, *casts)
     return out.reshape(*x.shape[:-1], down_kernel.shape[1])
+
+
+def _decided(recipe: Recipe, x: jax.Array, w1: jax.Array, w2: jax.Array, group: int) -> Recipe:
+    gate_up = jax.ShapeDtypeStruct((len(x), w1.shape[1]), x.dtype)
+    out = jax.ShapeDtypeStruct((len(x), w2.shape[1]), x.dtype)
+    reason = quantize_unsupported_reason(gate_up, group, dtype=recipe.formats[LHS].dtype)
+    return decided(recipe, x, w1, w2, out, unsupported_reason=reason)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -211,7 +220,7 @@ def _cast_hidden(static: _Static, gate_up: jax.Array, scales: jax.Array) -> Cast
         group=static.group,
         dtype=recipe.formats[LHS].dtype,
         layouts=_layouts(recipe),
-        implementation=recipe.quantize_implementation,
+        implementation=_implementation(recipe),
     )
     sample = activation(sample_rows(gate_up), static.group)
     return _as_cast(quantized, sample, scale, LHS, recipe)
@@ -232,15 +241,19 @@ def _cast_gradient(
         group=static.group,
         dtype=recipe.formats[GRAD].dtype,
         layouts=_layouts(recipe),
-        implementation=recipe.quantize_implementation,
+        implementation=_implementation(recipe),
     )
     sample = gradient(sample_rows(gate_up), sample_rows(dhidden), static.group)
     return _as_cast(quantized, sample, scale, GRAD, recipe)
 
 
+def _implementation(recipe: Recipe) -> Implementation:
+    return "mosaic" if recipe.quantize_implementation == "mosaic" else "xla"
+
+
 def _layouts(recipe: Recipe) -> Layouts:
     """XLA transposes the 8-bit rows where it needs columns."""
-    return "both" if recipe.quantize_implementation == "mosaic" else "rows"
+    return "both" if _implementation(recipe) == "mosaic" else "rows"
 
 
 def _as_cast(

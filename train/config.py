@@ -23,6 +23,7 @@ FP8_ALIGNMENT = 16  # cuBLASLt and wgmma take 8-bit operands in units of 16 byte
 RecipeName = Literal["bf16", "delayed", "current"]
 AttentionPrecision = Literal["bf16", "fp8", "fp8_forward"]
 AttentionImplementation = Literal["auto", "xla", "cudnn", "mosaic"]
+KernelImplementation = Literal["auto", "xla", "mosaic"]
 
 
 class ConfigError(ValueError):
@@ -89,15 +90,15 @@ class ModelConfig:
     """Attention kernel; auto takes the best one that can run and says which."""
     attention_deterministic: bool = False
     """Gradients of attention that are the same bit for bit on every run; about 35 % slower."""
-    norm_implementation: Literal["xla", "mosaic"] = "xla"
-    """Gradient of the RMSNorms of the blocks. mosaic: Hopper's Pallas kernel, which adds that of
-    the residual connection in the same pass; hidden sizes that are multiples of 1024 up to 4096."""
-    rope_implementation: Literal["xla", "mosaic"] = "xla"
+    norm_implementation: KernelImplementation = "auto"
+    """Gradient of the blocks' RMSNorms. mosaic: Hopper's Pallas kernel, which adds that of the
+    residual connection; hidden sizes k * 1024 up to 4096. auto: mosaic where it can run."""
+    rope_implementation: KernelImplementation = "auto"
     """Gradient of the rotary positions. mosaic: Hopper's Pallas kernel, which also puts the
     gradients of q, k and v together; not with qk-norm."""
-    swiglu_implementation: Literal["xla", "mosaic"] = "xla"
-    """SwiGLU's activation and its gradient in 16 bits. mosaic: Hopper's Pallas kernels. With
-    --fp8.quantize-implementation mosaic the activation is quantised as it is computed instead."""
+    swiglu_implementation: KernelImplementation = "auto"
+    """SwiGLU's activation and its gradient in 16 bits. mosaic: Hopper's Pallas kernels. Where
+    kernels cast (--fp8.quantize-implementation) they quantise the activation as they compute it."""
     layer_loop: Literal["scan", "unroll"] = "scan"
     """scan: one compiled block over stacked weights (fast compile); unroll: separate blocks (fast
     step)."""
@@ -142,14 +143,14 @@ class ModelConfig:
             f"--model.local-window-size={self.local_window_size} must be >= 0",
         )
         _require(
-            self.rope_implementation == "xla" or not self.qk_norm,
+            self.rope_implementation != "mosaic" or not self.qk_norm,
             f"--model.rope-implementation={self.rope_implementation} cannot run with"
-            " --model.qk-norm (its kernel ends at the projection); use xla",
+            " --model.qk-norm (its kernel ends at the projection); use auto or xla",
         )
         _require(
-            self.swiglu_implementation == "xla" or self.ffn_size % 128 == 0,
+            self.swiglu_implementation != "mosaic" or self.ffn_size % 128 == 0,
             f"--model.ffn-size={self.ffn_size} must be a multiple of 128 for"
-            f" --model.swiglu-implementation={self.swiglu_implementation}; change it, or use xla",
+            f" --model.swiglu-implementation={self.swiglu_implementation}; change it, or use auto",
         )
         _require(self.rope_theta > 0, f"--model.rope-theta={self.rope_theta} must be positive")
         _require(self.norm_eps > 0, f"--model.norm-eps={self.norm_eps} must be positive")
@@ -176,7 +177,7 @@ class Fp8Config:
     """Glob patterns of GEMM names (such as "*.down") that stay in bf16."""
     head: bool = False
     """Run the three GEMMs of the output head in FP8 too; never with the recipe bf16."""
-    quantize_implementation: Literal["xla", "mosaic"] = "xla"
+    quantize_implementation: KernelImplementation = "auto"
     """xla: any device. mosaic: Hopper's Pallas kernels, which cast and transpose in one pass."""
     gemm_implementation: Literal["xla", "mosaic_forward", "mosaic"] = "xla"
     """Of the blocks' GEMMs. xla: any device. mosaic: Hopper's Pallas kernel."""

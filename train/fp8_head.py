@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfp8.gemms import Cast, cast, dgrad_gemm, forward_gemm, wgrad_dtype, wgrad_gemm
+from jfp8.gemms import Cast, cast, decided, dgrad_gemm, forward_gemm, wgrad_dtype, wgrad_gemm
 from jfp8.quantize import current_scale, observe, sampled_elements
 from jfp8.recipe import Recipe
 from jfp8.scaling import GRAD, LHS, RHS, ScalingState
@@ -70,7 +70,7 @@ def fp8_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])
     validate_operands(rows, head, recipe, m=len(rows), k=rows.shape[1], n=head.shape[1])
     state = validated_state(state, recipe)
-    static = _Static(recipe, z_loss)
+    static = _Static(decided(recipe, rows, head), z_loss)
     total, nll = _cross_entropy(
         static, hidden, head, targets, weights, state.scale, state.observation
     )

@@ -32,7 +32,7 @@ def generate(
     """Continues `prompt`; the same arguments give the same text.
 
     Args:
-      config: of the run that trained the weights.
+      config: of the run that trained the weights, for any machine (`implementations.portable`).
       params: its parameters.
       scaling: its FP8 state; read, never updated.
       tokenizer: its tokenizer.

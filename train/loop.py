@@ -19,6 +19,7 @@ from train.data import Dataset, build_dataset
 from train.diagnosis import first_bad_tensor
 from train.environment import keep_compiled_programs
 from train.generate import encode_prompt, generate
+from train.implementations import Decision, portable, settle
 from train.inspection import compile_inspection, to_record
 from train.interrupt import Interrupt
 from train.mesh import batch_sharding, check_divisibility, make_mesh, replicated
@@ -63,9 +64,10 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
         mesh = make_mesh(config.mesh)
         check_divisibility(config, mesh)
         startup.check_device_support(config)
+        config, decisions = settle(config, mesh)
         keep_compiled_programs(run.path / "compiled")
         run.set_device(jax.devices()[0].device_kind, mesh.size)
-        return _Run(config, run, dataset, optimizer, mesh, say).execute(interrupt)
+        return _Run(config, decisions, run, dataset, optimizer, mesh, say).execute(interrupt)
 
 
 def _join_processes(config: MeshConfig) -> tuple[int, int]:
@@ -107,6 +109,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
+        decisions: list[Decision],
         run: RunDirectory,
         dataset: Dataset,
         optimizer: optax.GradientTransformation,
@@ -114,7 +117,7 @@ class _Run:
         say: Say,
     ):
         self.config, self.run, self.dataset, self.mesh = config, run, dataset, mesh
-        self.optimizer, self.say = optimizer, say
+        self.decisions, self.optimizer, self.say = decisions, optimizer, say
         self.batches = dataset.train_iterator()
         self.validation_loss: float | None = None
         self.validated_step = -1
@@ -170,7 +173,7 @@ class _Run:
 
     def _train(self, state: TrainState, interrupt: Interrupt) -> TrainState:
         """Compiles and runs the steps that are left; saves the last state."""
-        for line in startup.describe(self.config, state, self.mesh):
+        for line in startup.describe(self.config, self.decisions, state, self.mesh):
             self.say(line)
         self.say("compiling the step")
         self.steps = compile_steps(self.config, self.optimizer, self.mesh)
@@ -371,7 +374,7 @@ class _Run:
         if not (log.sample_prompt and log.sample_tokens):
             return ""
         return generate(
-            self.config,
+            portable(self.config),
             state.params,
             state.scaling,
             self.dataset.tokenizer,

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head di
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RE
 from pallas_kernels.fused.rmsnorm import RESIDUAL_NAME as NORM_RESIDUAL_NAME
 from pallas_kernels.fused.rope import rotate, split_heads
 from pallas_kernels.quantize.contract import Implementation
-from train.config import ModelConfig
+from train.config import KernelImplementation, ModelConfig
 from train.embedding import embed
 from train.taps import Taps, apply_linear, see_attention
 
@@ -37,10 +37,10 @@ _MAX_FFN_GROUP = 128
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, computed in float32."""
 
-    def __init__(self, size: int, eps: float, implementation: Implementation = "xla"):
+    def __init__(self, size: int, eps: float, implementation: KernelImplementation = "xla"):
         self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
         self.eps = eps
-        self.implementation: Implementation = implementation
+        self.implementation = _asked_for(implementation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] -> [..., size], in the dtype of `x`."""
@@ -65,6 +65,13 @@ class RMSNorm(nnx.Module):
             recipe=layer.recipe,
             gradient_implementation=self.implementation,
         )
+
+
+def _asked_for(implementation: KernelImplementation) -> Implementation | None:
+    """An option as the kernels take it. `train.implementations` leaves no "auto" to a run; without
+    it, each call chooses.
+    """
+    return None if implementation == "auto" else implementation
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -118,7 +125,7 @@ class Attention(nnx.Module):
                 *angles,
                 num_kv_heads=kv_heads,
                 head_dim=head_dim,
-                implementation=config.rope_implementation,
+                implementation=_asked_for(config.rope_implementation),
             )
         window = config.local_window_size
         attended = flash_attention(
@@ -138,7 +145,7 @@ class Attention(nnx.Module):
 
 
 def attention_options(
-    config: ModelConfig, quantize_implementation: Literal["xla", "mosaic"]
+    config: ModelConfig, quantize_implementation: KernelImplementation
 ) -> dict[str, Any]:
     """The arguments of `flash_attention` that say in which precision, and by whom."""
     choice, precision = config.attention_implementation, config.attention_precision
@@ -149,8 +156,16 @@ def attention_options(
     if precision == "bf16":
         return options
     backward = "bf16" if precision == "fp8_forward" else "fp8"
-    fp8_options = Fp8Options(backward=backward, quantize_implementation=quantize_implementation)
+    by_kernels = quantize_implementation == "mosaic"
+    fp8_options = Fp8Options(
+        backward=backward, quantize_implementation="mosaic" if by_kernels else "xla"
+    )
     return options | {"precision": "fp8", "fp8_options": fp8_options}
+
+
+def ffn_group(config: ModelConfig) -> int:
+    """Columns of gate, and then of up, that stand together in the fused projection."""
+    return math.gcd(config.ffn_size, _MAX_FFN_GROUP)
 
 
 class SwiGLU(nnx.Module):
@@ -163,8 +178,8 @@ class SwiGLU(nnx.Module):
     def __init__(
         self, config: ModelConfig, recipe: jfp8.Recipe, rngs: nnx.Rngs, *, has_taps: bool = False
     ):
-        self.group = math.gcd(config.ffn_size, _MAX_FFN_GROUP)
-        self.implementation = config.swiglu_implementation
+        self.group = ffn_group(config)
+        self.implementation = _asked_for(config.swiglu_implementation)
         self.gate_up = _linear("gate_up", config.hidden_size, 2 * config.ffn_size, recipe, rngs)
         self.down = _linear(
             "down", config.ffn_size, config.hidden_size, recipe, rngs, _residual_std(config)

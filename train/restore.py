@@ -1,6 +1,5 @@
 """Loads a trained model from its run directory."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import tokenizers
 from train.checkpoint import Checkpointer, Restored
 from train.config import ConfigError, MeshConfig, TrainConfig, parse
 from train.data.tokenizer import load_tokenizer
+from train.implementations import portable
 from train.mesh import make_mesh
 from train.state import abstract_state
 
@@ -28,7 +28,7 @@ class TrainedModel(NamedTuple):
 def load_model(directory: Path) -> TrainedModel:
     """The newest good weights of a run, on the first device; nothing else of it is read.
 
-    Its attention implementation becomes "auto": the machine need not be the one that trained.
+    Its implementations become "auto": the machine need not be the one that trained.
 
     Raises:
       ConfigError: if the directory is no run, or holds no checkpoint yet.
@@ -43,7 +43,7 @@ def load_model(directory: Path) -> TrainedModel:
 def restore_run(directory: Path) -> tuple[TrainConfig, Restored]:
     """A run's config, and its newest good checkpoint without the optimizer's moments.
 
-    The state is a `TrainState` on the first device; the attention implementation becomes "auto".
+    The state is a `TrainState` on the first device; the implementations become "auto".
 
     Raises:
       ConfigError: if the directory is no run, or holds no checkpoint yet.
@@ -53,10 +53,7 @@ def restore_run(directory: Path) -> tuple[TrainConfig, Restored]:
         raise ConfigError(f"{directory}: no such run directory")
     if not (directory / "config.toml").is_file():
         raise ConfigError(f"{directory} is no run directory: it has no config.toml")
-    config = parse(["--config", str(directory / "config.toml")])
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, attention_implementation="auto")
-    )
+    config = portable(parse(["--config", str(directory / "config.toml")]))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     state = abstract_state(config, optax.identity(), mesh)
     report = lambda line: print(line, file=sys.stderr)  # noqa: E731

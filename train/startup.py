@@ -8,9 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from jfp8 import diagnostics
-from pallas_kernels import flash_attention_choice
+from train import implementations
 from train.config import ConfigError, TrainConfig
-from train.model import COMPUTE_DTYPE, attention_options
+from train.implementations import Decision
 from train.run_directory import atomic_write
 from train.state import TrainState, parameter_count
 from train.step import CompiledSteps
@@ -52,26 +52,10 @@ def check_device_support(config: TrainConfig) -> None:
 
 def attention_choice(config: TrainConfig) -> str:
     """The attention kernel that will run, and why."""
-    model, data = config.model, config.data
-    rows = data.batch_size // config.optimizer.accumulation_steps
-    shape = lambda heads: jax.ShapeDtypeStruct(  # noqa: E731
-        (rows, data.sequence_length, heads, model.resolved_head_dim), COMPUTE_DTYPE
-    )
-    segment_ids = (
-        jax.ShapeDtypeStruct((rows, data.sequence_length), "int32") if data.document_mask else None
-    )
-    window = model.local_window_size
-    choice = flash_attention_choice(
-        shape(model.num_heads),
-        shape(model.num_kv_heads),
-        shape(model.num_kv_heads),
-        is_causal=True,
-        local_window_size=(window, 0) if window else None,
-        q_segment_ids=segment_ids,
-        kv_segment_ids=segment_ids,
-        **attention_options(model, config.fp8.quantize_implementation),
-    )
-    return f"{choice.implementation} ({choice.reason})"
+    choice = implementations.attention_choice(config)
+    plain = choice.without_gradient
+    elsewhere = f"; {plain} in validation" if plain != choice.implementation else ""
+    return f"{choice.implementation} ({choice.reason}){elsewhere}"
 
 
 def gemm_report(steps: CompiledSteps) -> diagnostics.DotReport:
@@ -123,8 +107,17 @@ def check_fp8_share(
         )
 
 
-def describe(config: TrainConfig, state: TrainState, mesh: Mesh) -> Iterator[str]:
-    """The lines printed before the step is compiled."""
+def describe(
+    config: TrainConfig, decisions: list[Decision], state: TrainState, mesh: Mesh
+) -> Iterator[str]:
+    """The lines printed before the step is compiled.
+
+    Args:
+      config: that the run trains with.
+      decisions: from `implementations.settle`.
+      state: to be trained.
+      mesh: of the devices.
+    """
     device = jax.devices()[0]
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.sequence_length
@@ -134,6 +127,7 @@ def describe(config: TrainConfig, state: TrainState, mesh: Mesh) -> Iterator[str
         f" {tokens * config.run.steps:,} in all"
     )
     yield f"attention: {attention_choice(config)}"
+    yield f"kernels: {implementations.describe(decisions)}"
 
 
 def describe_memory(steps: CompiledSteps) -> Iterator[str]:

@@ -11,6 +11,7 @@ from benchmarks.contenders import jax_device
 from jfp8 import diagnostics
 from train import startup
 from train.config import TrainConfig, parse
+from train.implementations import describe, settle
 from train.mesh import check_divisibility, make_mesh
 from train.optimizer import make_optimizer
 from train.state import create_state, make_recipe
@@ -21,10 +22,11 @@ class OurStep:
     """The compiled train step, its state and one random batch; `launch` queues a step."""
 
     def __init__(self, config: TrainConfig):
-        startup.check_device_support(config)
-        self.config = config
         optimizer, mesh = make_optimizer(config.optimizer, config.run.steps), make_mesh(config.mesh)
         check_divisibility(config, mesh)
+        startup.check_device_support(config)
+        config, self.decisions = settle(config, mesh)
+        self.config = config
         started = time.perf_counter()
         self.steps = compile_steps(config, optimizer, mesh)
         self.compile_time_s = time.perf_counter() - started
@@ -77,7 +79,8 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
         "planned_memory_gib": jax_device.planned_memory_gib(step.steps.train),
         "loss_nats": float(step.metrics["loss_nats"]),
         "skipped_steps": int(step.metrics["skipped_steps"]),
-        "attention": startup.attention_choice(config),
+        "attention": startup.attention_choice(step.config),
+        "kernels": describe(step.decisions),
         "block_gemms": jax_device.gemms(startup.gemm_report(step.steps)),
         "gemms": jax_device.gemms(whole),
     }

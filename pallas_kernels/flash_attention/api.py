@@ -2,14 +2,16 @@
 
 # Shapes: B batch, T query, S key, N query heads, K key/value heads, H head dim.
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.flash_attention import cudnn, sm90, sm90_fp8, xla
+from pallas_kernels.flash_attention import cudnn, sm90, sm90_fp8, tuning, xla
 from pallas_kernels.flash_attention.config import (
     AttentionSpec,
     Fp8Options,
@@ -21,12 +23,36 @@ from pallas_kernels.flash_attention.masks import make_band
 ArrayLike = Array | jax.ShapeDtypeStruct
 
 _MODULES = {"cudnn": cudnn, "mosaic": sm90, "xla": xla}
-# Tried in this order when the caller leaves the choice; xla runs everywhere. The Mosaic kernels
-# join the list once they have been measured on a GPU.
+# Tried in this order when the caller leaves the choice; xla runs everywhere.
 _PREFERENCE: dict[Precision, tuple[Implementation, ...]] = {
     "bf16": ("cudnn", "mosaic", "xla"),
     "fp8": ("mosaic", "xla"),
 }
+
+
+class _Range(NamedTuple):
+    """Calls in 16 bits for which Mosaic goes before cuDNN."""
+
+    head_dims: tuple[int, ...]
+    masks: tuple[str, ...]
+    """Of `tuning.mask_kind`."""
+    shortest: int
+    """Queries and keys at least."""
+
+    def holds(self, spec: AttentionSpec) -> bool:
+        length = min(spec.query_length, spec.key_length)
+        is_measured = spec.head_dim in self.head_dims and tuning.mask_kind(spec) in self.masks
+        return is_measured and length >= self.shortest
+
+
+# Measured on an H200 at head dim 128 and 16,384 tokens, Mosaic | cuDNN, in ms; what has not been
+# measured is cuDNN's. benchmarks/results/attention_h200_2026-11-23b.json:
+#                      causal 2x8192   32/8 heads     full 2x8192   causal 8x2048
+#   forward            .82 | .96       1.69 | 1.97    1.72 | 1.76   .29 | .35
+#   and backward       3.73 | 4.09     7.53 | 7.62    7.2 | 7.1     1.47 | 1.32
+# and attention_forward_h200_2026-11-23.json: a window of 1024 in 8192 at 482 | 408 TFLOP/s.
+_MOSAIC_FASTER_FORWARD = _Range((128,), ("causal", "full", "window"), shortest=2048)
+_MOSAIC_FASTER_BOTH_WAYS = _Range((128,), ("causal",), shortest=8192)
 
 
 class Choice(NamedTuple):
@@ -36,6 +62,8 @@ class Choice(NamedTuple):
     """Its name."""
     reason: str
     """One sentence: why this one, and why not the ones before it."""
+    without_gradient: Implementation
+    """The implementation where the call is not differentiated."""
 
 
 @overload
@@ -114,8 +142,9 @@ def flash_attention(
         to 8 bits, in the backward too; `flash_attention.fp8` has the equations. "int8" is to come.
       fp8_options: what "fp8" leaves open; the defaults if None.
       implementation: "xla" runs on any device; memory is bounded by recomputing chunks. "cudnn"
-        needs a Hopper GPU; segment ids cost it a mask of B * T * S 16-bit numbers. None takes the
-        best that can run; see `flash_attention_choice`.
+        needs a Hopper GPU; segment ids cost it a mask of B * T * S 16-bit numbers. "mosaic" needs
+        one too, and a head dim of 64, 128 or 256. None takes the one that was measured to be
+        fastest for such a call, differentiated or not; see `flash_attention_choice`.
       deterministic: gradients are the same bit for bit on every run. None leaves it to the
         implementation: "xla" is deterministic then; "mosaic" and "cudnn" add to dq in any order, in
         float32. With True "mosaic" adds in a fixed order, which takes its backward about 35 %
@@ -147,12 +176,37 @@ def flash_attention(
         deterministic=deterministic,
         return_lse=return_lse,
     )
-    run = _module(spec, choice.implementation).attention
-    out, lse = run(q, k, v, q_segment_ids, kv_segment_ids, spec)
+    run = functools.partial(_run, spec, choice.implementation)
+    if choice.without_gradient != choice.implementation:
+        plain = functools.partial(_run, spec, choice.without_gradient)
+        return _by_use(lambda *qkv: run(*qkv)[0], lambda *qkv: plain(*qkv)[0])(q, k, v)
+    out, lse = run(q, k, v, q_segment_ids, kv_segment_ids)
     if not return_lse:
         return out
     assert lse is not None, f"{choice.implementation} returned no log-sum-exp"
     return out, lse
+
+
+def _run(
+    spec: AttentionSpec,
+    implementation: Implementation,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segment_ids: Array | None = None,
+    kv_segment_ids: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """Returns out, and lse if the implementation has it or the spec asks for it."""
+    return _module(spec, implementation).attention(q, k, v, q_segment_ids, kv_segment_ids, spec)
+
+
+def _by_use(differentiated: Callable[..., Array], plain: Callable[..., Array]) -> Callable:
+    """A function that is `differentiated` where its gradient is taken, `plain` elsewhere."""
+    attend = jax.custom_vjp(plain)
+    attend.defvjp(
+        lambda *arrays: jax.vjp(differentiated, *arrays), lambda vjp, gradient: vjp(gradient)
+    )
+    return attend
 
 
 def flash_attention_choice(
@@ -253,12 +307,26 @@ def _choose(spec: AttentionSpec, implementation: Implementation | None) -> Choic
         reason = _unsupported_reason(spec, implementation)
         if reason is not None:
             raise NotImplementedError(f"implementation={implementation!r} cannot run: {reason}")
-        return Choice(implementation, "asked for")
+        return Choice(implementation, "asked for", implementation)
+    best, reason = _first_supported(spec, is_mosaic_first=_MOSAIC_FASTER_BOTH_WAYS.holds(spec))
+    forward_only = best
+    # Two implementations of one call would each have to answer for the gradient of lse.
+    if not spec.return_lse:
+        is_mosaic_first = _MOSAIC_FASTER_FORWARD.holds(spec)
+        forward_only, _ = _first_supported(spec, is_mosaic_first=is_mosaic_first)
+    return Choice(best, reason, forward_only)
+
+
+def _first_supported(spec: AttentionSpec, *, is_mosaic_first: bool) -> tuple[Implementation, str]:
+    """The implementation to take, and why."""
+    candidates = _PREFERENCE[spec.precision]
+    if is_mosaic_first:
+        candidates = ("mosaic", *(x for x in candidates if x != "mosaic"))
     rejected = []
-    for candidate in _PREFERENCE[spec.precision]:
+    for candidate in candidates:
         reason = _unsupported_reason(spec, candidate)
         if reason is None:
-            return Choice(candidate, "; ".join(rejected) or "the fastest here")
+            return candidate, "; ".join(rejected) or "the fastest here"
         rejected.append(f"not {candidate}: {reason}")
     raise NotImplementedError("; ".join(rejected))
 

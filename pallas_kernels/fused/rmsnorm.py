@@ -44,7 +44,7 @@ def rmsnorm(
       eps: added to the mean of squares.
       implementation: of the gradient; the forward pass is always XLA's. "xla" runs on any device.
         "mosaic" needs a Hopper GPU and K a multiple of 1024 up to 4096; of an x that is split over
-        devices each has whole rows. None leaves the choice.
+        devices each has whole rows. None as in `pallas_kernels.quantize`.
 
     Returns: y, `[..., K]` in the dtype of x, and x itself, for a residual connection: a kernel then
       adds the gradients of both uses of x in one pass.
@@ -54,13 +54,17 @@ def rmsnorm(
       NotImplementedError: if `implementation` cannot run this call on this device; says why.
     """
     _check_weight(x, weight)
-    reason = None
-    if implementation == "mosaic":
-        shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
-        reason = device_reason() or sm90_rmsnorm_grad.unsupported_reason(_grad_plan(shape))
-    if uses_mosaic(implementation, reason):
+    if uses_mosaic(implementation, functools.partial(unsupported_reason, x)):
         return _rmsnorm_mosaic(x, weight, eps)
     return _normalise(x, weight, eps)[0], x
+
+
+def unsupported_reason(x: Array | jax.ShapeDtypeStruct) -> str | None:
+    """Why "mosaic" cannot run the gradient of `rmsnorm` on x, one device's part, on the default
+    device; None if it can.
+    """
+    rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+    return device_reason() or sm90_rmsnorm_grad.unsupported_reason(_grad_plan(rows))
 
 
 def _normalise(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
@@ -119,7 +123,7 @@ def rmsnorm_and_cast(
     eps: float,
     dtype: jax.typing.DTypeLike,
     implementation: Implementation,
-    gradient_implementation: Implementation,
+    gradient_implementation: Implementation | None,
 ) -> tuple[Array, Array, Quantized]:
     """`rmsnorm` and `rmsnorm_quantize` of the same x; differentiable.
 
@@ -141,11 +145,8 @@ def rmsnorm_and_cast(
       ValueError: as the two functions.
       NotImplementedError: as the two functions.
     """
-    if gradient_implementation == "mosaic":
-        shape = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
-        reason = device_reason() or sm90_rmsnorm_grad.unsupported_reason(_grad_plan(shape))
-        uses_mosaic(gradient_implementation, reason)
-    static = eps, jnp.dtype(dtype), implementation, gradient_implementation
+    is_mosaic = uses_mosaic(gradient_implementation, functools.partial(unsupported_reason, x))
+    static = eps, jnp.dtype(dtype), implementation, is_mosaic
     y, x, q, q_t, amax_bits = _rmsnorm_and_cast(static, x, weight, scale)
     return y, x, Quantized(q, q_t, amax_bits)
 
@@ -170,7 +171,7 @@ def _rmsnorm_and_cast_fwd(static, x, weight, scale):
 
 
 def _rmsnorm_and_cast_bwd(static, residuals, grads):
-    gradient = _gradient_mosaic if static[3] == "mosaic" else _gradient_xla
+    gradient = _gradient_mosaic if static[3] else _gradient_xla
     return *gradient(*residuals, *grads[:2]), None
 
 
@@ -211,7 +212,7 @@ def rmsnorm_quantize(
       dtype: float8_e4m3fn or float8_e5m2.
       implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, M a multiple of 128 and
         K a multiple of 64; of an x that is split over devices each has whole rows, and M is that of
-        its part. None leaves the choice.
+        its part. None as in `pallas_kernels.quantize`.
 
     Returns: the result in 8 bits, its transpose and its amax; and rstd, float32 `[M]`, for the
       backward pass. Implementations differ by the rounding of float32.
@@ -223,11 +224,7 @@ def rmsnorm_quantize(
     check_matrix("x", x, (*SUPPORTED_DTYPES, "float32"))
     check_options(scale=scale, dtype=dtype, layouts="both")
     _check_weight(x, weight)
-    reason = plan = None
-    if implementation == "mosaic":
-        plan = make_plan(x, eps=eps, dtype=dtype)
-        reason = device_reason() or sm90_rmsnorm.unsupported_reason(plan)
-    if uses_mosaic(implementation, reason):
+    if uses_mosaic(implementation, functools.partial(quantize_unsupported_reason, x, dtype=dtype)):
         q, q_t, rstd, amax_bits = per_device(
             functools.partial(_launch_quantize, eps, dtype),
             (x,),
@@ -242,6 +239,16 @@ def rmsnorm_quantize(
     return quantize_xla(x * rstd[:, None] * weight, scale, dtype=dtype, layouts="both"), rstd
 
 
+def quantize_unsupported_reason(
+    x: Array | jax.ShapeDtypeStruct, *, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Why "mosaic" cannot run `rmsnorm_quantize` on x, one device's part, on the default device;
+    None if it can.
+    """
+    # eps is a number of the kernel, not of its shape.
+    return device_reason() or sm90_rmsnorm.unsupported_reason(make_plan(x, eps=1.0, dtype=dtype))
+
+
 def _check_weight(x: Array, weight: Array) -> None:
     if weight.shape != (x.shape[-1],) or weight.dtype != jnp.float32:
         raise ValueError(
@@ -251,7 +258,7 @@ def _check_weight(x: Array, weight: Array) -> None:
 
 
 def make_plan(
-    x: Array,
+    x: Array | jax.ShapeDtypeStruct,
     *,
     eps: float,
     dtype: jax.typing.DTypeLike,

@@ -61,8 +61,8 @@ def rope_qkv(
       num_kv_heads: K.
       head_dim: H.
       implementation: of the gradient; the forward pass, which XLA does at memory speed, is always
-        XLA's. "mosaic" needs a Hopper GPU, H of 64 or 128, and B T a multiple of 64. None leaves
-        the choice.
+        XLA's. "mosaic" needs a Hopper GPU, H of 64 or 128, and B T a multiple of 64. None as in
+        `pallas_kernels.quantize`.
 
     Returns: q `[B, T, N, H]`, k and v `[B, T, K, H]` in the dtype of qkv.
 
@@ -81,15 +81,27 @@ def rope_qkv(
             f"cos.shape={cos.shape} and sin.shape={sin.shape} must be"
             f" {(batch, length, 1, head_dim // 2)} for qkv.shape={qkv.shape} and {head_dim=}"
         )
-    reason = None
-    if implementation == "mosaic":
-        group = width // (num_kv_heads * head_dim) - 2
-        shapes = dict(num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=qkv.dtype)
-        plan = sm90_rope.RopePlan(tokens=batch * length, group=group, **shapes)
-        reason = device_reason() or sm90_rope.unsupported_reason(plan)
-    if uses_mosaic(implementation, reason):
+    heads = dict(num_kv_heads=num_kv_heads, head_dim=head_dim)
+    if uses_mosaic(implementation, functools.partial(unsupported_reason, qkv, **heads)):
         return _rope_mosaic(qkv, cos, sin, num_kv_heads, head_dim)
     return _rope_xla(qkv, cos, sin, num_kv_heads, head_dim)
+
+
+def unsupported_reason(
+    qkv: Array | jax.ShapeDtypeStruct, *, num_kv_heads: int, head_dim: int
+) -> str | None:
+    """Why "mosaic" cannot run the gradient of `rope_qkv` on qkv, one device's part with as many
+    key/value heads, on the default device; None if it can.
+    """
+    batch, length, width = qkv.shape
+    plan = sm90_rope.RopePlan(
+        tokens=batch * length,
+        num_kv_heads=num_kv_heads,
+        group=width // (num_kv_heads * head_dim) - 2,
+        head_dim=head_dim,
+        dtype=qkv.dtype,
+    )
+    return device_reason() or sm90_rope.unsupported_reason(plan)
 
 
 def _rope_xla(qkv: Array, cos: Array, sin: Array, num_kv_heads: int, head_dim: int):

@@ -13,6 +13,7 @@ Not supported: groups other than 128 columns, float32 inputs.
 import functools
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -52,7 +53,7 @@ def backward_candidates() -> list[TileConfig]:
 
 
 def forward_plan(
-    gate_up: Array,
+    gate_up: Array | jax.ShapeDtypeStruct,
     *,
     dtype: Any = None,
     layouts: Layouts | Literal["none"] = "none",
@@ -75,7 +76,7 @@ def forward_plan(
 
 
 def backward_plan(
-    gate_up: Array,
+    gate_up: Array | jax.ShapeDtypeStruct,
     *,
     dtype: Any = None,
     layouts: Layouts | Literal["none"] = "none",
@@ -100,7 +101,9 @@ def backward_plan(
     )
 
 
-def unsupported_reason(plan: TilePlan, gate_up: Array, group: int) -> str | None:
+def unsupported_reason(
+    plan: TilePlan, gate_up: Array | jax.ShapeDtypeStruct, group: int
+) -> str | None:
     """Why the kernel cannot run here; None if it can."""
     if group != PAIR_GROUP:
         return f"group={group} must be {PAIR_GROUP}: a tile holds whole groups"

@@ -26,6 +26,7 @@ from pallas_kernels.quantize.contract import (
     quantize_xla,
     uses_mosaic,
 )
+from pallas_kernels.quantize.sm90_plan import TilePlan
 
 SUPPORTED_DTYPES = ("bfloat16", "float16")
 _XLA_DTYPES = (*SUPPORTED_DTYPES, "float32")
@@ -44,8 +45,8 @@ def swiglu(
         groups of columns of gate, then of up.
       group: g.
       implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, g = 128, and the
-        product M of the leading sizes a multiple of 16; sharded arrays as in
-        `pallas_kernels.quantize`. None leaves the choice.
+        product M of the leading sizes a multiple of 16; sharded arrays, and None, as in
+        `pallas_kernels.quantize`.
 
     Returns: `[..., F]` in the dtype of gate_up. Implementations differ by the rounding of float32.
 
@@ -55,10 +56,7 @@ def swiglu(
     """
     rows = gate_up.reshape(-1, gate_up.shape[-1])
     _check(rows, group)
-    reason = None
-    if implementation == "mosaic":
-        reason = sm90_swiglu.unsupported_reason(sm90_swiglu.forward_plan(rows), rows, group)
-    if uses_mosaic(implementation, reason):
+    if uses_mosaic(implementation, functools.partial(unsupported_reason, rows, group)):
         return _swiglu_mosaic(rows).reshape(*gate_up.shape[:-1], -1)
     return _swiglu_xla(gate_up, group)
 
@@ -108,7 +106,7 @@ def swiglu_quantize(
       dtype: float8_e4m3fn or float8_e5m2.
       layouts: as in `pallas_kernels.quantize`.
       implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, g = 128, and M a
-        multiple of 128 (16 with layouts="rows"); sharded arrays as in
+        multiple of 128 (16 with layouts="rows"); sharded arrays, and None, as in
         `pallas_kernels.quantize`.
 
     Returns: `[M, F]` in 8 bits, its transpose and its amax. Implementations differ by the rounding
@@ -119,11 +117,8 @@ def swiglu_quantize(
       NotImplementedError: if `implementation` cannot run this call on this device; says why.
     """
     _check(gate_up, group, scale=scale, dtype=dtype, layouts=layouts)
-    reason = None
-    if implementation == "mosaic":
-        plan = sm90_swiglu.forward_plan(gate_up, dtype=dtype, layouts=layouts)
-        reason = sm90_swiglu.unsupported_reason(plan, gate_up, group)
-    if uses_mosaic(implementation, reason):
+    plan = functools.partial(sm90_swiglu.forward_plan, gate_up, dtype=dtype, layouts=layouts)
+    if uses_mosaic(implementation, lambda: sm90_swiglu.unsupported_reason(plan(), gate_up, group)):
         return sm90_swiglu.forward(gate_up, scale, dtype=dtype, layouts=layouts)
     return quantize_xla(activation(gate_up, group), scale, dtype=dtype, layouts=layouts)
 
@@ -165,18 +160,42 @@ def swiglu_grad_quantize(
             f"grad.shape={grad.shape} must be the rows of gate_up.shape={gate_up.shape} and half"
             " its columns"
         )
-    reason = None
     options = dict(dtype=dtype, layouts=layouts, plain=plain)
-    if implementation == "mosaic":
-        plan = sm90_swiglu.backward_plan(gate_up, **options)
-        reason = sm90_swiglu.unsupported_reason(plan, gate_up, group)
-    if uses_mosaic(implementation, reason):
+    plan = functools.partial(sm90_swiglu.backward_plan, gate_up, **options)
+    if uses_mosaic(implementation, lambda: sm90_swiglu.unsupported_reason(plan(), gate_up, group)):
         return sm90_swiglu.backward(gate_up, grad, scale, **options)
     # Without the barrier XLA would find the forward pass's sigmoid here, and keep it in memory.
     gate_up, grad = lax.optimization_barrier((gate_up, grad))
     result = gradient(gate_up, grad, group)
     quantized = quantize_xla(result, scale, dtype=dtype, layouts=layouts)
     return quantized, result.astype(gate_up.dtype) if plain else None
+
+
+def unsupported_reason(gate_up: Array | jax.ShapeDtypeStruct, group: int) -> str | None:
+    """Why "mosaic" cannot run `swiglu` and its gradient on `[M, 2 F]`, one device's part, on the
+    default device; None if it can.
+    """
+    plans = sm90_swiglu.forward_plan(gate_up), sm90_swiglu.backward_plan(gate_up)
+    return _first_reason(plans, gate_up, group)
+
+
+def quantize_unsupported_reason(
+    gate_up: Array | jax.ShapeDtypeStruct, group: int, *, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """`unsupported_reason` of `swiglu_quantize` and `swiglu_grad_quantize` in both layouts."""
+    options: Any = dict(dtype=dtype, layouts="both")
+    plans = (
+        sm90_swiglu.forward_plan(gate_up, **options),
+        sm90_swiglu.backward_plan(gate_up, plain=False, **options),
+    )
+    return _first_reason(plans, gate_up, group)
+
+
+def _first_reason(
+    plans: tuple[TilePlan, ...], gate_up: Array | jax.ShapeDtypeStruct, group: int
+) -> str | None:
+    reasons = (sm90_swiglu.unsupported_reason(plan, gate_up, group) for plan in plans)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def activation(gate_up: Array, group: int) -> Array:

@@ -63,7 +63,7 @@ def fp8_matmul(
     _check(lhs, rhs_t, scale, out_dtype)
     if accumulation not in get_args(Accumulation):
         raise ValueError(f"{accumulation=} must be one of {get_args(Accumulation)}")
-    if uses_mosaic(implementation, device_reason()):
+    if uses_mosaic(implementation or "xla", device_reason):
         return matmul_mosaic(lhs, rhs_t, scale, out_dtype=out_dtype, accumulation=accumulation)
     return matmul_xla(lhs, rhs_t, scale, out_dtype=out_dtype, accumulation=accumulation)
 

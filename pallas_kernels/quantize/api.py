@@ -2,6 +2,8 @@
 
 # Shapes: M rows, K columns.
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +41,8 @@ def quantize(
       layouts: "both" writes q and its transpose, "rows" q alone, "columns" the transpose alone.
       implementation: "xla" runs on any device. "mosaic" needs a Hopper GPU, K a multiple of 64, and
         M a multiple of 128 (16 with "rows"); of a sharded x each device quantises its own part,
-        for which the same holds, and nothing is gathered. None leaves the choice.
+        for which the same holds, and nothing is gathered. None takes "mosaic" where it can run, but
+        "xla" if the partitioner is to split the arrays among several devices.
 
     Returns: the two casts and the amax; the same bits from both implementations, but for those of
       NaN and for how the amax is spread over its parts.
@@ -52,8 +55,14 @@ def quantize(
     """
     check_matrix("x", x, SUPPORTED_DTYPES)
     check_options(scale=scale, dtype=dtype, layouts=layouts)
-    plan = sm90.make_plan(x, dtype=dtype, layouts=layouts)
-    reason = sm90.unsupported_reason(plan) if implementation == "mosaic" else None
+    reason = functools.partial(unsupported_reason, x, dtype=dtype, layouts=layouts)
     if uses_mosaic(implementation, reason):
         return sm90.quantize(x, scale, dtype=dtype, layouts=layouts)
     return quantize_xla(x, scale, dtype=dtype, layouts=layouts)
+
+
+def unsupported_reason(
+    x: jax.Array | jax.ShapeDtypeStruct, *, dtype: jax.typing.DTypeLike, layouts: Layouts = "both"
+) -> str | None:
+    """Why "mosaic" cannot `quantize` x, one device's part, on this device; None if it can."""
+    return sm90.unsupported_reason(sm90.make_plan(x, dtype=dtype, layouts=layouts))

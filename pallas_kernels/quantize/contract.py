@@ -3,12 +3,14 @@
 # Shapes: M rows, K columns.
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 
 from pallas_kernels import hardware
 from pallas_kernels.interpreter import is_interpreting
@@ -86,13 +88,23 @@ def sm_count() -> int:
     return facts.sm_count if facts else 132
 
 
-def uses_mosaic(implementation: Implementation | None, reason: str | None) -> bool:
+def sees_parts() -> bool:
+    """Whether an array being traced is what one device has: on one device, or inside shard_map."""
+    # The interpreter's callbacks cannot be partitioned; it is for single devices' tests.
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    return AxisType.Manual in axis_types or is_interpreting() or jax.device_count() == 1
+
+
+def uses_mosaic(
+    implementation: Implementation | None, unsupported_reason: Callable[[], str | None]
+) -> bool:
     """Whether the kernel runs.
 
     Args:
-      implementation: asked for; None leaves the choice, which is XLA until the kernels have been
-        measured on a GPU at every shape of the trainer.
-      reason: why the kernel cannot run; None if it can.
+      implementation: asked for. None takes the kernel where it can run and `sees_parts`: how the
+        partitioner will split an array, and so whether the kernel takes its parts, is not known
+        while it is traced.
+      unsupported_reason: says why the kernel cannot run, or None; not asked for "xla".
 
     Raises:
       ValueError: for another name.
@@ -100,9 +112,14 @@ def uses_mosaic(implementation: Implementation | None, reason: str | None) -> bo
     """
     if implementation not in (*get_args(Implementation), None):
         raise ValueError(f"{implementation=} must be one of {(*get_args(Implementation), None)}")
-    if implementation == "mosaic" and reason is not None:
+    if implementation is None:
+        return sees_parts() and unsupported_reason() is None
+    if implementation == "xla":
+        return False
+    reason = unsupported_reason()
+    if reason is not None:
         raise NotImplementedError(f"implementation='mosaic' cannot run: {reason}")
-    return implementation == "mosaic"
+    return True
 
 
 def check_options(*, scale: Array, dtype: Any, layouts: str) -> None:

@@ -23,8 +23,7 @@ from jax.custom_batching import sequential_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
-from pallas_kernels.interpreter import is_interpreting
-from pallas_kernels.quantize.contract import AMAX_PARTS
+from pallas_kernels.quantize.contract import AMAX_PARTS, sees_parts
 
 Kind = Literal["rows", "columns", "parts", "whole_rows", "whole_columns", "row_values", "sum"]
 """Of a result: `[M, K]`, `[K, M]`, the 128 parts of an amax; `[M, K]` or `[K, M]` with all of K on
@@ -80,9 +79,7 @@ def _partitioned(
     widths: Sequence[int | None],
     result_width: int,
 ) -> tuple[Array, ...]:
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Manual in mesh.axis_types or is_interpreting() or jax.device_count() == 1:
-        # The interpreter's callbacks cannot be partitioned; it is for single devices' tests.
+    if sees_parts():
         return local(*operands)
     sharding = jax.typeof(operands[0]).sharding
     if AxisType.Explicit in sharding.mesh.axis_types:
@@ -158,11 +155,9 @@ def _on_shards(
     count = 1
     for name in _names(rows):
         count *= sizes[name]
-    if "parts" in kinds and AMAX_PARTS % count:
-        raise NotImplementedError(
-            f"the rows are split over {count} devices, which must divide {AMAX_PARTS}; use a mesh"
-            " with a power of two, or implementation='xla'"
-        )
+    reason = row_split_reason(count) if "parts" in kinds else None
+    if reason is not None:
+        raise NotImplementedError(reason)
 
     def run(*operands: Array) -> tuple[Array, ...]:
         results = []
@@ -177,6 +172,16 @@ def _on_shards(
         return tuple(results)
 
     return run
+
+
+def row_split_reason(count: int) -> str | None:
+    """Why no kernel that takes an amax runs with rows split over `count` devices; else None."""
+    if AMAX_PARTS % count == 0:
+        return None
+    return (
+        f"the rows are split over {count} devices, which must divide {AMAX_PARTS}; use a mesh"
+        " with a power of two, or implementation='xla'"
+    )
 
 
 def _rows_and_columns(spec: PartitionSpec) -> tuple[Any, Any]:

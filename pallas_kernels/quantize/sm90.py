@@ -9,6 +9,7 @@ H200: 84 % of the copy bandwidth at 16384 x 4096, where XLA's cast and transpose
 import functools
 from typing import Any
 
+import jax
 from jax import Array
 
 from pallas_kernels.interpreter import is_interpreting
@@ -42,7 +43,11 @@ def candidates(itemsize: int) -> list[TileConfig]:
 
 
 def make_plan(
-    x: Array, *, dtype: Any, layouts: Layouts, config: TileConfig | None = None
+    x: Array | jax.ShapeDtypeStruct,
+    *,
+    dtype: Any,
+    layouts: Layouts,
+    config: TileConfig | None = None,
 ) -> TilePlan:
     """The plan for quantising x, `[M, K]`."""
     rows, columns = x.shape

@@ -167,7 +167,7 @@ def test_refuses_a_shape_with_the_reason(m, k, message):
 
 def test_recipe_rejects_another_name():
     with pytest.raises(
-        ValueError, match="quantize_implementation='cuda' must be one of xla, mosaic"
+        ValueError, match="quantize_implementation='cuda' must be one of auto, xla, mosaic"
     ):
         jfp8.Recipe(quantize_implementation="cuda")
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import flash_attention, flash_attention_choice, hardware
+from pallas_kernels.flash_attention.api import _by_use
 
 
 def array(*shape, dtype=jnp.bfloat16):
@@ -87,6 +88,90 @@ def test_on_a_hopper_gpu_the_choice_is_cudnn_where_it_can():
         choice = flash_attention_choice(f32, f32, f32)
         assert choice.implementation == "xla"
         assert "not cudnn: q.dtype=float32 is not one of" in choice.reason
+
+
+CAUSAL = dict(is_causal=True)
+MEASURED = [
+    # length, heads, options -> with gradient, without: the faster one in
+    # benchmarks/results/attention_h200_2026-11-23b.json.
+    (8192, (16, 16), CAUSAL, ("mosaic", "mosaic")),
+    (8192, (32, 8), CAUSAL, ("mosaic", "mosaic")),
+    (8192, (16, 16), {}, ("cudnn", "mosaic")),
+    (2048, (16, 16), CAUSAL, ("cudnn", "mosaic")),
+]
+
+
+@pytest.mark.parametrize(("length", "heads", "options", "expected"), MEASURED, ids=str)
+def test_on_a_hopper_gpu_the_choice_is_the_one_measured_to_be_faster(
+    length, heads, options, expected
+):
+    q, k = (array(2, length, n, 128) for n in heads)
+    with hardware.assume_device_kind("NVIDIA H200"):
+        choice = flash_attention_choice(q, k, k, **options)
+        asked = flash_attention_choice(q, k, k, **options, implementation="cudnn")
+    assert (choice.implementation, choice.without_gradient) == expected
+    assert choice.reason == "the fastest here"
+    assert asked == ("cudnn", "asked for", "cudnn")
+
+
+UNMEASURED = [
+    dict(length=4096),
+    dict(length=1024, without_gradient="cudnn"),
+    dict(head_dim=64, without_gradient="cudnn"),
+    dict(local_window_size=(1024, 0)),
+    dict(return_lse=True, length=2048, without_gradient="cudnn"),
+    dict(q_segment_ids=ids(2, 8192), kv_segment_ids=ids(2, 8192), without_gradient="cudnn"),
+]
+
+
+@pytest.mark.parametrize("case", UNMEASURED, ids=str)
+def test_on_a_hopper_gpu_what_was_not_measured_is_left_to_cudnn(case):
+    options = dict(length=8192, head_dim=128, without_gradient="mosaic") | case
+    x = array(2, options.pop("length"), 16, options.pop("head_dim"))
+    expected = ("cudnn", options.pop("without_gradient"))
+    with hardware.assume_device_kind("NVIDIA H200"):
+        choice = flash_attention_choice(x, x, x, is_causal=True, **options)
+    assert (choice.implementation, choice.without_gradient) == expected
+
+
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_the_same_bits_on_every_run_are_not_left_to_cudnn(length):
+    x = array(2, length, 16, 128)
+    with hardware.assume_device_kind("NVIDIA H200"):
+        choice = flash_attention_choice(x, x, x, is_causal=True, deterministic=True)
+        with pytest.raises(NotImplementedError, match="cuDNN's backward adds in any order"):
+            flash_attention_choice(x, x, x, deterministic=True, implementation="cudnn")
+    assert (choice.implementation, choice.without_gradient) == ("mosaic", "mosaic")
+
+
+def test_only_a_call_that_is_not_differentiated_takes_the_other_implementation():
+    # Stand-ins with tellable results: gradients of 2 and 3 a factor.
+    attend = _by_use(lambda q, k, v: 2 * q + k + v, lambda q, k, v: 3 * q + k + v)
+    loss = lambda x: attend(x, x, x).sum()  # noqa: E731
+    x = jnp.ones((2,))
+    assert loss(x) == 10 and jax.jit(loss)(x) == 10 and jax.vmap(loss)(x[:, None]).sum() == 10
+
+    def scanned(x):
+        return jax.lax.scan(lambda total, _: (total + jax.checkpoint(loss)(x), None), 0.0, None, 3)[
+            0
+        ]
+
+    for function, factor in ((loss, 1), (jax.jit(jax.checkpoint(loss)), 1), (scanned, 3)):
+        value, gradient = jax.value_and_grad(function)(x)
+        assert value == 8 * factor and (gradient == 4 * factor).all()
+    assert scanned(x) == 30
+
+
+def test_a_step_lowered_for_hopper_has_the_kernels_of_the_choice():
+    x = array(1, 2048, 1, 128)
+    call = lambda x: flash_attention(x, x, x, is_causal=True).astype(jnp.float32).sum()  # noqa: E731
+    with hardware.assume_device_kind("NVIDIA H200"):
+        plain, gradient = (
+            jax.jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+            for f in (call, jax.grad(call))
+        )
+    assert "mosaic_gpu" in plain and "__cudnn" not in plain
+    assert "mosaic_gpu" not in gradient and "__cudnn$fmha" in gradient
 
 
 def test_lse_is_returned_on_request():
