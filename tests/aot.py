@@ -6,6 +6,7 @@ ptxas and libdevice. Nothing runs; the result's `as_text()` is the optimised HLO
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,16 @@ def compile_for_h200(function: Callable[..., Any], *args: Any, **jit_options: An
             "xla_gpu_enable_triton_gemm": False,
         }
     )
+
+
+def kernel_launches(text: str) -> int:
+    """How many Mosaic kernels a StableHLO module launches; equal ones share a function."""
+    bodies = dict(re.findall(r"func\.func \w+ @([\w.]+)\((.*?)\n  }", text, re.S))
+
+    @functools.cache
+    def count(name: str) -> int:
+        body = bodies[name]
+        own = len(re.findall(r"custom_call @mosaic_gpu\w*", body))
+        return own + sum(map(count, re.findall(r"(?<!custom_)call @([\w.]+)\(", body)))
+
+    return count("main")

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import hardware
 from pallas_kernels.flash_attention import (
@@ -23,7 +24,12 @@ from pallas_kernels.flash_attention import (
     sm90_fwd_plan,
     tuning,
 )
-from pallas_kernels.flash_attention.config import AttentionSpec, BackwardConfig, ForwardConfig
+from pallas_kernels.flash_attention.config import (
+    RESIDUAL_NAMES,
+    AttentionSpec,
+    BackwardConfig,
+    ForwardConfig,
+)
 from pallas_kernels.flash_attention.masks import Band
 from pallas_kernels.flash_attention.sm90_bwd_rows import row_operands
 from pallas_kernels.mosaic import GMEM_ROWS
@@ -74,7 +80,8 @@ def _attention(q, k, v, q_segment_ids, kv_segment_ids, spec):
 
 
 def _attention_fwd(q, k, v, q_segment_ids, kv_segment_ids, spec):
-    out, lse = _attention(q, k, v, q_segment_ids, kv_segment_ids, spec)
+    outputs = _attention(q, k, v, q_segment_ids, kv_segment_ids, spec)
+    out, lse = map(checkpoint_name, outputs, RESIDUAL_NAMES)
     return (out, lse), (q, k, v, q_segment_ids, kv_segment_ids, out, lse)
 
 

@@ -1,6 +1,5 @@
 """The train step with the quantising kernels, lowered and compiled for the H200."""
 
-import functools
 import re
 from collections import Counter
 
@@ -9,7 +8,7 @@ import pytest
 
 from jfp8.diagnostics import fp8_dot_count, lowered_dot_count
 from pallas_kernels import hardware
-from tests.aot import compile_for_h200
+from tests.aot import compile_for_h200, kernel_launches
 from train.config import parse
 from train.optimizer import make_optimizer
 from train.state import initial_state
@@ -82,16 +81,3 @@ def test_each_tensor_is_cast_once(options, casts):
         step, *shapes = step_and_shapes(*options)
         lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert kernel_launches(lowered.as_text()) == casts
-
-
-def kernel_launches(text: str) -> int:
-    """How many Mosaic kernels a StableHLO module launches; equal ones share a function."""
-    bodies = dict(re.findall(r"func\.func \w+ @([\w.]+)\((.*?)\n  }", text, re.S))
-
-    @functools.cache
-    def count(name: str) -> int:
-        body = bodies[name]
-        own = len(re.findall(r"custom_call @mosaic_gpu\w*", body))
-        return own + sum(map(count, re.findall(r"(?<!custom_)call @([\w.]+)\(", body)))
-
-    return count("main")

@@ -1,11 +1,16 @@
 """Argument checks, one test for each rejection, and the choice of an implementation."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import flash_attention, flash_attention_choice, hardware
 from pallas_kernels.flash_attention.api import _by_use
+from pallas_kernels.flash_attention.config import RESIDUAL_NAMES
+from tests.aot import kernel_launches
 
 
 def array(*shape, dtype=jnp.bfloat16):
@@ -172,6 +177,24 @@ def test_a_step_lowered_for_hopper_has_the_kernels_of_the_choice():
         )
     assert "mosaic_gpu" in plain and "__cudnn" not in plain
     assert "mosaic_gpu" not in gradient and "__cudnn$fmha" in gradient
+
+
+@pytest.mark.parametrize("length", [2048, 8192], ids=["cudnn", "mosaic"])
+def test_a_remat_policy_keeps_what_the_backward_of_the_choice_needs(length):
+    x = array(1, length, 1, 128)
+    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
+
+    def launches(wrap):
+        call = wrap(lambda x: jnp.sin(flash_attention(2 * x, x, x, is_causal=True)))
+        loss = lambda x: call(x).astype(jnp.float32).sum()  # noqa: E731
+        gradient = jax.jit(jax.value_and_grad(loss)).trace(x)
+        text = gradient.lower(lowering_platforms=("cuda",)).as_text()
+        return kernel_launches(text) + len(re.findall("custom_call @__cudnn", text))
+
+    with hardware.assume_device_kind("NVIDIA H200"):
+        plain = launches(lambda f: f)
+        assert launches(functools.partial(jax.checkpoint, policy=policy)) == plain
+        assert launches(jax.checkpoint) == plain + 1
 
 
 def test_lse_is_returned_on_request():
