@@ -1,27 +1,30 @@
 """Settles, once and before anything is compiled, every `*-implementation` option that says "auto".
 
-"auto" takes the Mosaic kernel where it can run all that the option is about, as the mesh divides
-it among the devices; XLA elsewhere. Whether a kernel can run is for its own checks to say.
-Attention is not among these options: `flash_attention` chooses for itself.
+"auto" takes the Mosaic kernel on one Hopper GPU, where it can run all that the option is about, and
+XLA elsewhere. Whether a kernel can run is for its own checks to say. On several devices it is XLA,
+too: what each of them gets is for the partitioner to choose, in pieces that may be too small for a
+kernel, and nothing has been measured there. Attention is not among these options:
+`flash_attention` chooses for itself.
 """
 
-# Shapes: M tokens of a device, D hidden, F ffn, V vocabulary; see `train.model`.
+# Shapes: M tokens; the GEMMs of a dot are those of [M, K] and [K, N].
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jfp8.scaling import LHS
 from pallas_kernels import flash_attention_choice
 from pallas_kernels.flash_attention.api import Choice
 from pallas_kernels.flash_attention.sm90_quantize_fp8 import HEAD_DIMS as FP8_CAST_HEAD_DIMS
 from pallas_kernels.fused import rmsnorm, rope, swiglu
 from pallas_kernels.quantize import api as quantize
-from pallas_kernels.quantize.partition import row_split_reason
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, ModelConfig, TrainConfig
 from train.model import COMPUTE_DTYPE, attention_options, ffn_group
 from train.state import make_recipe
 
@@ -47,17 +50,21 @@ def settle(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, list[Decision]
 
     Args:
       config: as asked for; this is the one to save.
-      mesh: divides its sizes (`train.mesh.check_divisibility`).
+      mesh: of the devices.
 
     Returns: the config with "xla" or "mosaic" for each "auto"; and what was decided.
 
     Raises:
       ConfigError: if "mosaic" is asked for where its kernels cannot run.
     """
-    decisions = []
+    decisions, split = [], None
+    if mesh.size > 1:
+        split = f"what each of {mesh.size} devices gets is for XLA to choose; ask for mosaic"
     for what, (section, field) in _OPTIONS.items():
         asked = getattr(getattr(config, section), field)
-        reason = None if asked == "xla" else _REASONS[what](config, mesh)
+        reason = None if asked == "xla" else _REASONS[what](config)
+        if asked == "auto":
+            reason = reason or split
         if asked == "mosaic" and reason is not None:
             option = f"--{section}.{field.replace('_', '-')}"
             raise ConfigError(f"{option}=mosaic cannot run: {reason}. Use auto, or xla")
@@ -125,115 +132,75 @@ def _array(*shape: int, dtype: jax.typing.DTypeLike = COMPUTE_DTYPE) -> jax.Shap
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _rows(config: TrainConfig, mesh: Mesh) -> set[int]:
-    """Sequences that a device has at once: of a microbatch, and of a batch in validation."""
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = config.data.batch_size // replicas
-    return {batch // config.optimizer.accumulation_steps, batch}
+def _tokens(config: TrainConfig) -> set[int]:
+    """Of a microbatch, and of a batch in validation."""
+    tokens = config.data.batch_size * config.data.sequence_length
+    return {tokens // config.optimizer.accumulation_steps, tokens}
 
 
-def _first(reasons: Iterator[str | None]) -> str | None:
+def _first(reasons: Iterable[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _norm_reason(config: TrainConfig, mesh: Mesh) -> str | None:
+def _norm_reason(config: TrainConfig) -> str | None:
     width = config.model.hidden_size
-    return _first(
-        rmsnorm.unsupported_reason(_array(rows, config.data.sequence_length, width))
-        for rows in _rows(config, mesh)
-    )
+    return _first(rmsnorm.unsupported_reason(_array(m, width)) for m in _tokens(config))
 
 
-def _rope_reason(config: TrainConfig, mesh: Mesh) -> str | None:
+def _rope_reason(config: TrainConfig) -> str | None:
     model = config.model
     if model.qk_norm:
         return "its kernel ends at the projection, and --model.qk-norm comes between"
-    kv_heads = model.num_kv_heads // mesh.shape["tensor"]
-    group, head_dim = model.num_heads // model.num_kv_heads, model.resolved_head_dim
-    width = kv_heads * (group + 2) * head_dim
-    return _first(
-        rope.unsupported_reason(
-            _array(rows, config.data.sequence_length, width),
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-        )
-        for rows in _rows(config, mesh)
-    )
+    heads = dict(num_kv_heads=model.num_kv_heads, head_dim=model.resolved_head_dim)
+    width = _gemms(model)["block.qkv"][1]
+    return _first(rope.unsupported_reason(_array(1, m, width), **heads) for m in _tokens(config))
 
 
-def _gate_up_parts(config: TrainConfig, mesh: Mesh) -> Iterator[jax.ShapeDtypeStruct]:
-    """What the devices have of the gate/up projection, [M, 2 F]."""
-    for rows in _rows(config, mesh):
-        width = 2 * (config.model.ffn_size // mesh.shape["tensor"])
-        yield _array(rows * config.data.sequence_length, width)
-
-
-def _swiglu_reason(config: TrainConfig, mesh: Mesh) -> str | None:
-    group = ffn_group(config.model)
-    parts = _gate_up_parts(config, mesh)
-    return _first(swiglu.unsupported_reason(part, group) for part in parts)
+def _swiglu_reason(config: TrainConfig) -> str | None:
+    group, width = ffn_group(config.model), 2 * config.model.ffn_size
+    return _first(swiglu.unsupported_reason(_array(m, width), group) for m in _tokens(config))
 
 
 def _casts_anything(config: TrainConfig) -> bool:
     return config.fp8.recipe != "bf16" or config.model.attention_precision != "bf16"
 
 
-def _casts_reason(config: TrainConfig, mesh: Mesh) -> str | None:
-    """Of the casts of the GEMMs, of the norm and SwiGLU before them, and of FP8 attention."""
-    if config.fp8.recipe != "bf16":
-        reason = _first(_cast_reasons(config, mesh))
-        if reason is not None:
-            return reason
+def _casts_reason(config: TrainConfig) -> str | None:
+    """Of the GEMMs' operands, of the norm and SwiGLU that cast, and of FP8 attention."""
     head_dim = config.model.resolved_head_dim
-    if config.model.attention_precision == "bf16" or head_dim in FP8_CAST_HEAD_DIMS:
-        return None
-    return f"the head dim {head_dim} of FP8 attention is not one of {FP8_CAST_HEAD_DIMS}"
+    if config.model.attention_precision != "bf16" and head_dim not in FP8_CAST_HEAD_DIMS:
+        return f"the head dim {head_dim} of FP8 attention is not one of {FP8_CAST_HEAD_DIMS}"
+    return _first(_gemm_cast_reasons(config))
 
 
-def _cast_reasons(config: TrainConfig, mesh: Mesh) -> Iterator[str | None]:
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    dtype = make_recipe(config.fp8).formats[0].dtype  # which of the two makes no difference
-    for count in (mesh.shape["data"] * fsdp, fsdp, tensor):
-        yield row_split_reason(count)
-    activations, kernels = _gemm_widths(config, fsdp=fsdp, tensor=tensor)
-    for rows in _rows(config, mesh):
-        tokens = rows * config.data.sequence_length
-        for width in activations:
-            yield quantize.unsupported_reason(_array(tokens, width), dtype=dtype)
-        hidden = _array(tokens, config.model.hidden_size)
-        yield rmsnorm.quantize_unsupported_reason(hidden, dtype=dtype)
-    for shape in kernels:
-        yield quantize.unsupported_reason(_array(*shape, dtype=jnp.float32), dtype=dtype)
-    for part in _gate_up_parts(config, mesh):
-        group = ffn_group(config.model)
-        yield swiglu.quantize_unsupported_reason(part, group, dtype=dtype)
-
-
-def _gemm_widths(
-    config: TrainConfig, *, fsdp: int, tensor: int
-) -> tuple[set[int], set[tuple[int, int]]]:
-    """Of one device: widths of inputs and output gradients, and shapes of kernels, that are cast.
-
-    `train.mesh` splits the columns of qkv, gate_up and head over `tensor` and the rows over `fsdp`,
-    those of out and down the other way round.
-    """
+def _gemm_cast_reasons(config: TrainConfig) -> Iterator[str | None]:
     model, recipe = config.model, make_recipe(config.fp8)
-    heads, head_dim = model.num_heads, model.resolved_head_dim
-    columns = {
-        "block.qkv": (heads + 2 * model.num_kv_heads) * head_dim,
-        "block.gate_up": 2 * model.ffn_size,
-        "head": model.vocab_size,
+    dtype = recipe.formats[LHS].dtype  # a gradient's makes no difference
+    gemms = {name: kn for name, kn in _gemms(model).items() if recipe.for_layer(name).quantizes}
+    for k, n in gemms.values():
+        yield quantize.unsupported_reason(_array(k, n, dtype=jnp.float32), dtype=dtype)
+    for m, (name, (k, n)) in itertools.product(_tokens(config), gemms.items()):
+        yield quantize.unsupported_reason(_array(m, k), dtype=dtype)
+        if name != "head":  # the gradient of the logits is cast by XLA
+            yield quantize.unsupported_reason(_array(m, n), dtype=dtype)
+        if name in ("block.qkv", "block.gate_up"):
+            yield rmsnorm.quantize_unsupported_reason(_array(m, k), dtype=dtype)
+        if name == "block.gate_up" and "block.down" in gemms:
+            group = ffn_group(model)
+            yield swiglu.quantize_unsupported_reason(_array(m, n), group, dtype=dtype)
+
+
+def _gemms(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """K and N of the GEMMs, by the names that recipes know them by."""
+    attended = model.num_heads * model.resolved_head_dim
+    kv = model.num_kv_heads * model.resolved_head_dim
+    return {
+        "block.qkv": (model.hidden_size, attended + 2 * kv),
+        "block.out": (attended, model.hidden_size),
+        "block.gate_up": (model.hidden_size, 2 * model.ffn_size),
+        "block.down": (model.ffn_size, model.hidden_size),
+        "head": (model.hidden_size, model.vocab_size),
     }
-    rows = {"block.out": heads * head_dim, "block.down": model.ffn_size}
-    widths, kernels = set(), set()
-    for name, width in (columns | rows).items():
-        if not recipe.for_layer(name).quantizes:
-            continue
-        width //= tensor
-        widths |= {model.hidden_size, width} if name != "head" else {model.hidden_size}
-        shape = (model.hidden_size // fsdp, width)
-        kernels.add(shape if name in columns else shape[::-1])
-    return widths, kernels
 
 
 _REASONS = {

@@ -155,9 +155,11 @@ def _on_shards(
     count = 1
     for name in _names(rows):
         count *= sizes[name]
-    reason = row_split_reason(count) if "parts" in kinds else None
-    if reason is not None:
-        raise NotImplementedError(reason)
+    if "parts" in kinds and AMAX_PARTS % count:
+        raise NotImplementedError(
+            f"the rows are split over {count} devices, which must divide {AMAX_PARTS}; use a mesh"
+            " with a power of two, or implementation='xla'"
+        )
 
     def run(*operands: Array) -> tuple[Array, ...]:
         results = []
@@ -172,16 +174,6 @@ def _on_shards(
         return tuple(results)
 
     return run
-
-
-def row_split_reason(count: int) -> str | None:
-    """Why no kernel that takes an amax runs with rows split over `count` devices; else None."""
-    if AMAX_PARTS % count == 0:
-        return None
-    return (
-        f"the rows are split over {count} devices, which must divide {AMAX_PARTS}; use a mesh"
-        " with a power of two, or implementation='xla'"
-    )
 
 
 def _rows_and_columns(spec: PartitionSpec) -> tuple[Any, Any]:

@@ -92,14 +92,15 @@ def test_damaged_newest_checkpoint_is_passed_over(call, run_copy, capsys):
     assert out.startswith("def ")
 
 
-def test_machine_need_not_have_the_attention_it_was_trained_with(call, run_copy, capsys):
+def test_machine_need_not_have_the_kernels_it_was_trained_with(call, run_copy, capsys):
     path = run_copy / "config.toml"
-    config = path.read_text()
-    edited = config.replace(
-        'attention_implementation = "auto"', 'attention_implementation = "cudnn"'
-    )
-    assert edited != config
-    path.write_text(edited)
+    config, changes = path.read_text(), 0
+    for name in ("attention", "norm", "rope", "quantize"):
+        before = f'{name}_implementation = "auto"'
+        changes += config.count(before)
+        config = config.replace(before, f'{name}_implementation = "mosaic"')
+    assert changes == 4
+    path.write_text(config)
     assert call(run_copy, "--tokens", 1) == 0
 
 

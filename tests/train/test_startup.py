@@ -9,8 +9,17 @@ import pytest
 
 from jfp8.diagnostics import DotReport
 from jfp8.hlo import Gemm
+from pallas_kernels import hardware
 from train import startup
-from train.config import ConfigError, Fp8Config, ModelConfig, OptimizerConfig, TrainConfig
+from train.config import (
+    ConfigError,
+    DataConfig,
+    Fp8Config,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from train.implementations import Decision
 from train.mesh import make_mesh
 from train.state import abstract_state
 from train.step import CompiledSteps
@@ -150,6 +159,15 @@ def test_attention_choice_names_the_kernel_and_the_reason():
     assert startup.attention_choice(config).startswith("xla (")
 
 
+def test_attention_choice_names_the_kernel_of_validation_too():
+    model = ModelConfig(head_dim=128)
+    data = DataConfig(sequence_length=2048, batch_size=1, document_mask=False)
+    config = dataclasses.replace(CONFIG, model=model, data=data)
+    with hardware.assume_device_kind("NVIDIA H200"):
+        line = startup.attention_choice(config)
+    assert line == "cudnn (the fastest here); mosaic in validation"
+
+
 def test_description_counts_parameters_and_tokens():
     model = ModelConfig(
         hidden_size=32, num_layers=2, ffn_size=64, num_heads=2, num_kv_heads=1, vocab_size=64
@@ -157,13 +175,16 @@ def test_description_counts_parameters_and_tokens():
     config = dataclasses.replace(CONFIG, model=model, optimizer=OptimizerConfig(warmup_steps=0))
     mesh = make_mesh(config.mesh, jax.devices())
     identity = types.SimpleNamespace(init=lambda params: ())
-    lines = list(startup.describe(config, abstract_state(config, identity, mesh), mesh))
+    state = abstract_state(config, identity, mesh)
+    decisions = [Decision("norm", "xla", "no kernel"), Decision("rope", "mosaic", "")]
+    lines = list(startup.describe(config, decisions, state, mesh))
     # Embedding and head; in each block qkv, out, gate and up, down and two norms; the last norm.
     block = 32 * (32 + 16 + 16) + 32 * 32 + 32 * 128 + 64 * 32 + 2 * 32
     parameters = 2 * 64 * 32 + 2 * block + 32
     assert lines[0] == "devices: 8 x cpu (data 8 x fsdp 1 x tensor 1)"
     assert lines[1] == (f"model: {parameters:,} parameters; 2,048 tokens a step, 614,400 in all")
     assert lines[2].startswith("attention: xla (")
+    assert lines[3] == "kernels: mosaic for rope; xla for norm (no kernel)"
 
 
 def test_memory_is_state_and_temporaries():
