@@ -172,6 +172,66 @@ def test_recipe_rejects_another_name():
         jfp8.Recipe(quantize_implementation="cuda")
 
 
+AUTO = jfp8.Recipe()
+
+
+def kernels(function, *args):
+    """How many casting kernels a function starts, by its jaxpr."""
+    jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args)  # a new one is traced anew
+    return len(re.findall(r"name=(?:swiglu_|swiglu_grad_)?quantize\b", str(jaxpr)))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "expected"),
+    [
+        (M, K, N, 3),
+        (64, K, N, 0),  # lhs and gradient have too few rows
+        (M, 64, N, 0),  # rhs has
+        (M, K, 80, 0),  # rhs and gradient are as wide as no tile
+    ],
+)
+def test_auto_casts_all_operands_of_a_dot_by_the_kernel_or_none(m, k, n, expected):
+    assert AUTO.quantize_implementation == "auto"
+    x, w = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((k, n), jnp.float32)
+    gradient = jax.grad(functools.partial(loss, AUTO), argnums=(0, 1))
+    assert kernels(gradient, x, w, calibrated()) == expected
+    with interpret_kernels(False):
+        assert kernels(gradient, x, w, calibrated()) == 0  # a CPU
+
+
+def test_auto_leaves_a_stack_of_matrices_to_xla():
+    x, w = jnp.zeros((2, M, K), jnp.bfloat16), jnp.zeros((2, K, N))
+
+    def run(x, w, recipe):
+        numbers = (((2,), (1,)), ((0,), (0,)))
+        return jfp8.dot_general(x, w, numbers, calibrated(), recipe=recipe)
+
+    assert kernels(functools.partial(run, recipe=AUTO), x, w) == 0
+    assert kernels(functools.partial(run, recipe=MOSAIC), x, w) == 2
+
+
+def test_auto_computes_what_the_kernels_compute():
+    results = [
+        jax.value_and_grad(functools.partial(loss, recipe), argnums=(0, 1, 2))(X, W, calibrated())
+        for recipe in (AUTO, MOSAIC)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_auto_casts_a_kernel_by_itself_and_swiglu_with_its_dots():
+    w = jnp.zeros((K, 2 * 128))
+    assert kernels(functools.partial(jfp8.cast_kernel, recipe=AUTO), w, calibrated()) == 1
+    half = jnp.zeros((64, N))
+    assert kernels(functools.partial(jfp8.cast_kernel, recipe=AUTO), half, calibrated()) == 0
+    x, w2 = jnp.zeros((M, K), jnp.bfloat16), jnp.zeros((128, K))
+
+    def mlp(x, w1, w2, group):
+        return jfp8.swiglu_mlp(x, w1, w2, calibrated(), calibrated(), group=group, recipe=AUTO)
+
+    assert kernels(functools.partial(mlp, group=128), x, w, w2) == 4
+    assert kernels(functools.partial(mlp, group=64), x, w, w2) == 0
+
+
 def test_h200_program_reads_each_tensor_once_and_transposes_nothing():
     jax.config.update("jax_disable_most_optimizations", False)
     m, k, n = 4096, 1024, 2048

@@ -19,7 +19,7 @@ from tests.jfp8 import reference
 M, K, N = 256, 128, 256
 DENSE = (((1,), (0,)), ((), ()))
 BATCHED = (((2,), (1,)), ((0,), (0,)))
-XLA = jfp8.Recipe(name="current")
+XLA = jfp8.Recipe(name="current", quantize_implementation="xla")
 MOSAIC = dataclasses.replace(XLA, gemm_implementation="mosaic")
 FORWARD = dataclasses.replace(XLA, gemm_implementation="mosaic_forward")
 

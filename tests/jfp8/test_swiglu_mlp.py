@@ -18,7 +18,7 @@ from tests.jfp8.reference import normal, sqnr_db
 from tests.jfp8.test_compiled import large_passes
 
 M, D, F, GROUP = 128, 128, 128, 128
-XLA = jfp8.Recipe()
+XLA = jfp8.Recipe(quantize_implementation="xla")
 MOSAIC = jfp8.Recipe(quantize_implementation="mosaic")
 X = normal(0, M, D).astype(jnp.bfloat16)
 W1, W2 = normal(1, D, 2 * F) / 8, normal(2, F, D) / 8

@@ -22,8 +22,8 @@ from train.fp8_head import fp8_cross_entropy
 B, T, D, V = 2, 128, 128, 64
 SMALL = 32 * B * V  # logits: four chunks
 EXPONENTS = (-6, -9, -23)
-DELAYED = jfp8.Recipe(calibration="explicit")
-CURRENT = jfp8.Recipe(name="current")
+DELAYED = jfp8.Recipe(calibration="explicit", quantize_implementation="xla")
+CURRENT = jfp8.Recipe(name="current", quantize_implementation="xla")
 MOSAIC = dataclasses.replace(DELAYED, quantize_implementation="mosaic")
 HIDDEN = normal(0, B, T, D).astype(jnp.bfloat16)
 HEAD = normal(1, D, V) / 8

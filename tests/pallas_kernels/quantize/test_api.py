@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import hardware, quantize
 from pallas_kernels.interpreter import interpret_kernels
@@ -105,6 +107,43 @@ def test_vmap_gives_each_matrix_its_own_scale():
         result = jax.vmap(run)(x, scales)
     for i in (0, 1):
         assert_exact(jax.tree.map(lambda a, i=i: a[i], result), x[i], scales[i], E4M3)
+
+
+def kernels(function, *args):
+    """How many kernels a function starts, by its jaxpr."""
+    jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args)  # a new one is traced anew
+    return str(jaxpr).count("name=quantize")
+
+
+@pytest.mark.parametrize(
+    ("shape", "implementation", "expected"),
+    [
+        ((128, 64), None, 1),
+        ((128, 64), "mosaic", 1),
+        ((128, 64), "xla", 0),
+        ((128, 80), None, 0),  # the kernel takes multiples of 64
+        ((64, 64), None, 0),  # and of 128 rows
+    ],
+)
+def test_left_alone_it_takes_the_kernel_where_that_can_run(shape, implementation, expected):
+    run = lambda x: quantize(x, SCALE, implementation=implementation)  # noqa: E731
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    with interpret_kernels():
+        assert kernels(run, x) == expected
+    if implementation is None:
+        assert kernels(run, x) == 0  # a CPU
+
+
+def test_left_alone_it_takes_the_kernel_where_a_device_part_is_seen():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((1024, 64), jnp.bfloat16)
+    run = lambda x: quantize(x, SCALE).q  # noqa: E731
+    split = dict(mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    with hardware.assume_device_kind("NVIDIA H200"):
+        assert kernels(jax.shard_map(run, **split), x) == 1
+        half = jax.ShapeDtypeStruct((512, 64), jnp.bfloat16)  # 64 rows a device
+        assert kernels(jax.shard_map(run, **split), half) == 0
+        assert kernels(run, x) == 0  # the partitioner is to split it
 
 
 def test_nothing_but_what_is_asked_for_is_computed_by_default():
