@@ -77,13 +77,13 @@ def assist(tile: Tile, dq_gmem: Any) -> None:
         plgpu.barrier_wait(scratch.rows_free.at[slot])
         pl.when(has_more)(lambda: load_rows(tile, *tile.position(ahead), slot))
         plgpu.barrier_wait(scratch.ds_full.at[ds_slot])
-        for part in range(WARPGROUPS):
-            dq = _product(tile, part, ds_slot)
-            if part == WARPGROUPS - 1:
-                plgpu.barrier_arrive(scratch.ds_free.at[ds_slot])
-            _add(tile, dq_gmem, dq, part, head, block, step)
+        _add(tile, dq_gmem, _product(tile, 0, ds_slot), 0, head, block, step)
+        # By now dV and dK of this step are done, or nearly.
         plgpu.barrier_wait(scratch.columns_free.at[slot])
         pl.when(has_more)(lambda: load_columns(tile, *tile.position(ahead), slot))
+        dq = _product(tile, 1, ds_slot)
+        plgpu.barrier_arrive(scratch.ds_free.at[ds_slot])
+        _add(tile, dq_gmem, dq, 1, head, block, step)
 
     tile.for_each_step(run_step)
     if plan.takes_turns:
