@@ -30,15 +30,16 @@ from train.embedding import embed
 from train.taps import Taps, apply_linear, see_attention
 
 COMPUTE_DTYPE = jnp.bfloat16
-_INIT_STD = 0.02
 _MAX_FFN_GROUP = 128
 
 
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, computed in float32."""
 
-    def __init__(self, size: int, eps: float, implementation: KernelImplementation = "xla"):
-        self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
+    def __init__(
+        self, size: int, eps: float, implementation: KernelImplementation = "xla", gain: float = 1.0
+    ):
+        self.weight = nnx.Param(jnp.full((size,), gain, jnp.float32))
         self.eps = eps
         self.implementation = _asked_for(implementation)
 
@@ -94,12 +95,11 @@ class Attention(nnx.Module):
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
         self.config = config
         self.quantize_implementation = recipe.quantize_implementation
+        std, residual_std = _kernel_stds(config)
         self.qkv = _linear(
-            "qkv", config.hidden_size, (heads + 2 * kv_heads) * head_dim, recipe, rngs
+            "qkv", config.hidden_size, (heads + 2 * kv_heads) * head_dim, recipe, rngs, std
         )
-        self.out = _linear(
-            "out", heads * head_dim, config.hidden_size, recipe, rngs, _residual_std(config)
-        )
+        self.out = _linear("out", heads * head_dim, config.hidden_size, recipe, rngs, residual_std)
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.taps = Taps(recipe, ("qkv", "out"), sees_attention=True) if has_taps else None
@@ -180,10 +180,11 @@ class SwiGLU(nnx.Module):
     ):
         self.group = ffn_group(config)
         self.implementation = _asked_for(config.swiglu_implementation)
-        self.gate_up = _linear("gate_up", config.hidden_size, 2 * config.ffn_size, recipe, rngs)
-        self.down = _linear(
-            "down", config.ffn_size, config.hidden_size, recipe, rngs, _residual_std(config)
+        std, residual_std = _kernel_stds(config)
+        self.gate_up = _linear(
+            "gate_up", config.hidden_size, 2 * config.ffn_size, recipe, rngs, std
         )
+        self.down = _linear("down", config.ffn_size, config.hidden_size, recipe, rngs, residual_std)
         self.taps = Taps(recipe, ("gate_up", "down"), sees_attention=False) if has_taps else None
 
     def __call__(self, x: jax.Array, x_cast: jfp8.CastInput | None = None) -> jax.Array:
@@ -262,9 +263,10 @@ class Transformer(nnx.Module):
           has_taps: the tensors of the blocks can be measured; see `train.taps`.
         """
         self.config = config
-        normal = nnx.initializers.normal(_INIT_STD)
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(normal(rngs.params(), shape, jnp.float32))
+        embedding_std, gain = _embedding_std_and_gain(config)
+        normal = nnx.initializers.normal
+        self.embedding = nnx.Param(normal(embedding_std)(rngs.params(), shape, jnp.float32))
         if config.layer_loop == "scan":
             create = nnx.vmap(
                 lambda block_rngs: Block(config, recipe, block_rngs, has_taps=has_taps)
@@ -274,9 +276,10 @@ class Transformer(nnx.Module):
             self.blocks = nnx.List(
                 Block(config, recipe, rngs, has_taps=has_taps) for _ in range(config.num_layers)
             )
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, gain=gain)
         if not config.tie_embeddings:
-            self.head = nnx.Param(normal(rngs.params(), shape[::-1], jnp.float32))
+            head = normal(_kernel_stds(config)[0])
+            self.head = nnx.Param(head(rngs.params(), shape[::-1], jnp.float32))
         self.logits = HeadDot(recipe.for_layer("head"))
 
     def __call__(
@@ -297,7 +300,8 @@ class Transformer(nnx.Module):
     def head_kernel(self) -> jax.Array:
         """The output projection, float32 [D, V]."""
         if self.config.tie_embeddings:
-            return self.embedding[...].T
+            # XLA would fold this into the GEMM of the gradient, which it cannot run on a CPU then.
+            return jax.lax.optimization_barrier(self.embedding[...].T)
         return self.head[...]
 
     def _apply_blocks(self, x, angles, segment_ids):
@@ -344,7 +348,7 @@ def _linear(
     out_features: int,
     recipe: jfp8.Recipe,
     rngs: nnx.Rngs,
-    std: float = _INIT_STD,
+    std: float,
 ) -> jfp8.nnx.Linear:
     return jfp8.nnx.Linear(
         in_features,
@@ -357,6 +361,28 @@ def _linear(
     )
 
 
-def _residual_std(config: ModelConfig) -> float:
-    # Keeps the residual stream's variance independent of depth at the start (GPT-2).
-    return _INIT_STD / math.sqrt(2 * config.num_layers)
+def _kernel_stds(config: ModelConfig) -> tuple[float, float]:
+    """Of kernels that read the residual stream, the head's too, and of those that add to it.
+
+    sqrt(2 / 5D) (Nguyen & Salazar 2019, arXiv:1910.05895), for the latter divided by
+    sqrt(2 layers), so that the stream's variance does not grow with depth (GPT-2).
+    """
+    std = math.sqrt(2 / (5 * config.hidden_size))
+    return std, std / math.sqrt(2 * config.num_layers)
+
+
+def _embedding_std_and_gain(config: ModelConfig) -> tuple[float, float]:
+    """Standard deviation of the embeddings, and gain of the final norm.
+
+    With 1 the residual stream is large beside what the blocks add to it, and the norms do not
+    multiply gradients by the inverse of a small embedding ("Spike No More", Takase et al. 2023,
+    arXiv:2312.16903, who scale embeddings to it).
+
+    A tied embedding has to be as small as a head. The stream of a token begins as its embedding,
+    so its logit for itself is gain * std * D: the gain makes that half of ln V, which leaves the
+    loss at ln V. With a gain of 1 it would be tens of nats in a wide model.
+    """
+    if not config.tie_embeddings:
+        return 1.0, 1.0
+    std = _kernel_stds(config)[0]
+    return std, min(1.0, math.log(config.vocab_size) / (2 * std * config.hidden_size))

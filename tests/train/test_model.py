@@ -12,6 +12,7 @@ from flax import nnx
 import jfp8
 import jfp8.nnx
 from train.config import ModelConfig
+from train.loss import cross_entropy
 from train.model import Transformer, rotary_angles, rotate
 
 CONFIG = ModelConfig(
@@ -84,7 +85,7 @@ def relative_error(got, expected):
 def test_forward_matches_float64(documents):
     model = make()
     # Larger weights than the initial ones, so that every part moves the result.
-    params = jax.tree.map(lambda p: p * 4, nnx.split(model, nnx.Param)[1])
+    params = jax.tree.map(lambda p: p * 2, nnx.split(model, nnx.Param)[1])
     nnx.update(model, params)
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(params))
     tokens, positions, segments = inputs(documents)
@@ -130,9 +131,8 @@ def test_unrolled_blocks_are_the_scanned_ones():
         stacked = nnx.split(scanned.blocks)[1]
         nnx.update(block, jax.tree.map(lambda p, i=i: p[i], stacked))
     unrolled.embedding[...] = scanned.embedding[...]
-    np.testing.assert_allclose(
-        np.float32(scanned(*inputs())), np.float32(unrolled(*inputs())), atol=2**-6
-    )
+    expected = np.asarray(scanned(*inputs()), np.float64)
+    assert relative_error(unrolled(*inputs()), expected) < 2**-8
 
 
 def test_tied_head_is_the_transposed_embedding():
@@ -174,3 +174,51 @@ def test_skipped_layer_has_no_scaling_state():
     scaling = nnx.to_pure_dict(nnx.split(make(recipe=recipe), nnx.Param, ...)[2])
     assert "down" not in scaling["blocks"]["ffn"]
     assert "gate_up" in scaling["blocks"]["ffn"]
+
+
+def test_initial_weights():
+    """Embeddings 1, head and kernels sqrt(2 / 5D), but `out` and `down` over sqrt(2 layers)."""
+    config = ModelConfig(
+        hidden_size=160, num_layers=8, ffn_size=320, num_heads=4, num_kv_heads=2, vocab_size=512
+    )
+    params = nnx.to_pure_dict(nnx.split(make(config), nnx.Param)[1])
+    blocks = params["blocks"]
+    kernels = {name: params[name] for name in ("embedding", "head")}
+    kernels |= {name: blocks["attention"][name]["kernel"] for name in ("qkv", "out")}
+    kernels |= {name: blocks["ffn"][name]["kernel"] for name in ("gate_up", "down")}
+    assert {name: float(kernel.std()) for name, kernel in kernels.items()} == {
+        "embedding": pytest.approx(1, rel=0.02),
+        **{name: pytest.approx(0.05, rel=0.02) for name in ("head", "qkv", "gate_up")},
+        **{name: pytest.approx(0.0125, rel=0.02) for name in ("out", "down")},
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_first_loss_and_gradient(tied):
+    """The loss begins near ln V, and no gradient is amplified on its way to the embedding."""
+    config = ModelConfig(
+        hidden_size=256, num_layers=4, ffn_size=512, num_heads=4, num_kv_heads=4, vocab_size=1024,
+        tie_embeddings=tied,
+    )  # fmt: skip
+    graph, params, scaling = nnx.split(make(config), nnx.Param, jfp8.nnx.Scaling)
+    tokens = np.random.default_rng(0).integers(0, 1024, (8, 65)).astype(np.int32)
+    positions = np.tile(np.arange(64, dtype=np.int32), (8, 1))
+    weights = np.full((8, 64), 1 / 512, np.float32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        model = nnx.merge(graph, params, scaling)
+        hidden = model(tokens[:, :-1], positions, None)
+        return cross_entropy(hidden, model.head_kernel(), tokens[:, 1:], weights)[0]
+
+    value, grads = loss(params)
+    norm = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float(jnp.linalg.norm(grad))
+        for path, grad in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(grads))
+    }
+    # Logits of variance 2 / 5 add half of it.
+    assert value == pytest.approx(np.log(1024) + 0.2 * (not tied), abs=0.1)
+    assert float(np.sqrt(sum(x * x for x in norm.values()))) < 3, norm
+    if not tied:
+        assert norm["embedding"] < norm["head"]
