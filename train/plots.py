@@ -126,7 +126,7 @@ def plot_loss(
     _draw_losses(upper, runs, curves, band_curves)
     bottom.set_xlabel("tokens")
     bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _draw_caption(figure, runs[0])
+    _draw_caption(figure, runs[0], "; thin: other seeds" if pairs else "")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
     atomic_write(Path(path), buffer.getvalue())
@@ -201,12 +201,12 @@ def _loss_limits(curves: list[Curve]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw_caption(figure: Figure, run: Metrics) -> None:
+def _draw_caption(figure: Figure, run: Metrics, more: str) -> None:
     starts = [e["message"] for e in run.events if str(e.get("message")).startswith("start at")]
     device = [start.partition(";")[0] for start in starts[-1:]]
     legend = f"lines: mean over the latest {SMOOTHING:.0%} of the tokens; faint: single steps"
     figure.supxlabel(
-        "\n".join([f"{legend}; dots: validation", *device]), fontsize=7, color="#666666"
+        "\n".join([f"{legend}; dots: validation{more}", *device]), fontsize=7, color="#666666"
     )
 
 

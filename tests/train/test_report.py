@@ -7,7 +7,7 @@ import pytest
 
 from train import report
 from train.metrics import read_metrics
-from train.plots import Curve, plot_loss
+from train.plots import Curve, SeedPair, plot_loss
 from train.report import compare, format_table, main
 
 
@@ -150,6 +150,15 @@ def test_plot_draws_every_run_the_gap_and_the_band(tmp_path, count):
     for text in ("loss [nats per token]", "tokens", "range of seed0, seed1", "run0 [%]", "run0"):
         assert f"<!-- {text} -->" in comments, text
     assert ("<!-- run1 -->" in comments) == (count == 2)
+
+
+def test_plot_draws_other_seeds_beside_their_reference(tmp_path):
+    runs = [write_run(tmp_path / name, [4.0, 3.0, 2.0]) for name in ("a", "b", "a1", "b1")]
+    plot_loss(runs[:2], tmp_path / "without.svg")
+    plot_loss(runs[:2], tmp_path / "plot.svg", pairs=[SeedPair(1, runs[3], runs[2])])
+    without, text = ((tmp_path / name).read_text() for name in ("without.svg", "plot.svg"))
+    assert "thin: other seeds" in text and "thin: other seeds" not in without
+    assert text.count("stroke-width: 0.7") == without.count("stroke-width: 0.7") + 1
 
 
 def test_plot_of_a_single_point(tmp_path):
