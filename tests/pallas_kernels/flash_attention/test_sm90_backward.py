@@ -12,13 +12,16 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_kernels import flash_attention, hardware
 from pallas_kernels.flash_attention import sm90, sm90_bwd_loop, sm90_bwd_plan, tuning
 from pallas_kernels.flash_attention.config import BackwardConfig
+from pallas_kernels.flash_attention.sm90_bwd_loop import Loop
 from pallas_kernels.reference import attention_reference
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.compile_gate import ptxas_report
 from tests.pallas_kernels.flash_attention.test_sm90_forward import BENCHMARK, arguments, spec_of
 
 GRADIENTS = ("dq", "dk", "dv")
-SCALARS_OF_A_TILE = 256  # bytes; the report names each store and each load twice
+# Bytes; the report names each store and each load twice.
+SCALARS_OF_A_TILE = 256
+TWO_ADDRESSES = 32
 
 
 def gradients_of_twin(case, arrays):
@@ -139,6 +142,8 @@ def compile_cases():
         yield case
         if head_dim < 256:
             yield dataclasses.replace(case, name=f"{case.name}_mha", k=case.n)
+        if head_dim == 128:
+            yield dataclasses.replace(case, name=f"{case.name}_32_8", n=32, k=8)
     for head_dim in (64, 128, 256):
         yield Case(
             name=f"{head_dim}_packed",
@@ -168,15 +173,19 @@ def ptxas_of_backward(case, deterministic, config=None):
 def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, deterministic):
     with hardware.assume_device_kind("NVIDIA H200"):
         report = ptxas_of_backward(case, deterministic)
-    # Head dim 256 keeps a few scalars of its tile on the stack, outside the loop over queries.
+    # Head dim 256 keeps a few scalars of its tile on the stack, outside the loop over queries; four
+    # query heads to a key head under a mask, two addresses.
     allowed = SCALARS_OF_A_TILE if case.h == 256 and deterministic else 0
+    if case.name in ("128_causal_32_8", "128_window_32_8") and not deterministic:
+        allowed = TWO_ADDRESSES
     assert report.spilled_bytes <= allowed, report.text
     assert not report.serialised_wgmmas, report.text
 
 
+@pytest.mark.parametrize("k", [16, 4])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-def test_late_dq_compiles_for_sm90a_without_spills_or_serialised_wgmmas(is_causal):
-    case = Case(name="late_dq", b=2, t=4096, s=4096, h=128, is_causal=is_causal)
+def test_late_dq_compiles_for_sm90a_without_spills_or_serialised_wgmmas(is_causal, k):
+    case = Case(name="late_dq", b=2, t=8192, s=8192, n=16, k=k, h=128, is_causal=is_causal)
     with hardware.assume_device_kind("NVIDIA H200"):
         report = ptxas_of_backward(case, deterministic=False, config=LATE_DQ)
     assert report.spilled_bytes == 0, report.text
@@ -197,6 +206,18 @@ def test_late_dq_refuses_the_fixed_order():
 def plan_of(case, config=BackwardConfig(), sm_count=4, deterministic=True):  # noqa: B008  (frozen)
     spec = dataclasses.replace(spec_of(case), deterministic=deterministic)
     return sm90_bwd_plan.Plan(spec=spec, config=config, sm_count=sm_count)
+
+
+@pytest.mark.parametrize("group", [2, 3, 7, 8, 64])
+def test_steps_go_through_the_blocks_of_one_query_head_after_the_other(group):
+    plan = plan_of(Case(name="x", b=1, t=64, s=64, n=3 * group, k=3, h=64))
+    tile = sm90_bwd_plan.Tile(jnp.int32(0), jnp.int32(2), jnp.int32(0))
+    loop = Loop(plan, None, None, None, None, tile, None, jnp.int32(0), None)
+    for blocks in (1, 2, 3, 5, 127, 128, 641, 1 << 14):
+        step = np.arange(blocks * group)
+        head, position = loop._head_and_position(jnp.asarray(step, jnp.int32), jnp.int32(blocks))
+        np.testing.assert_array_equal(head, 2 * group + step // blocks)
+        np.testing.assert_array_equal(position, step % blocks)
 
 
 def visits(case, plan):
