@@ -423,7 +423,7 @@ class NoData:
         return iter(())
 
 config = TrainConfig()
-run = loop._Run(config, None, NoData(), None, make_mesh(config.mesh), print)
+run = loop._Run(config, [], None, NoData(), None, make_mesh(config.mesh), print)
 interrupt = Interrupt()
 for step in range(10):
     if (index, step) == (1, 4):
@@ -439,6 +439,6 @@ def test_two_processes_stop_after_the_same_step_for_a_signal_to_one():
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     processes = [run_python(ONE_OF_TWO_PROCESSES, port, str(index)) for index in (0, 1)]
-    for code, out, err in map(finish, processes):
+    for code, out, err in [finish(process) for process in processes]:
         assert code == 0, err
         assert out.endswith("stops at 5 for 15\n")
