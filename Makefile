@@ -13,7 +13,7 @@ train: $(VENV)/.train
 	$(BIN)/python -m train.main $(ARGS)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
