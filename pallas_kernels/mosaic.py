@@ -59,6 +59,12 @@ def tile_transforms(itemsize: int, columns: int | None = None) -> tuple[Any, Any
     return plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width)
 
 
+def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns shared memory `[..., rows, columns]` in the layout of `tile_transforms`."""
+    transforms = tile_transforms(jnp.dtype(dtype).itemsize, shape[-1])
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
 def accumulator_as_8_bit_operand(p: Array, dtype: Any, *, interpret: bool) -> Array:
     """Rounds an accumulator to 8 bits as the A operand of the next product, without moving data.
 

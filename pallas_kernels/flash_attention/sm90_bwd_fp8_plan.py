@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_attention.config import AttentionSpec, Fp8BackwardConfig
 from pallas_kernels.flash_attention.fp8 import E4M3, E5M2
 from pallas_kernels.flash_attention.sm90_fwd_plan import BlockRange
-from pallas_kernels.mosaic import ROWS, tile_transforms
+from pallas_kernels.mosaic import ROWS, smem_tile
 
 BLOCK_Q = 64
 """Queries of one step."""
@@ -179,30 +179,26 @@ def scratch_types(plan: Plan) -> Scratch:
     """Returns the shared-memory plan."""
     h, stages = plan.spec.head_dim, plan.config.num_stages
     has_segments = plan.spec.has_segments
-
-    def tile(shape: tuple[int, ...], dtype: Any = E4M3) -> Any:
-        transforms = tile_transforms(jnp.dtype(dtype).itemsize, shape[-1])
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
+    tile = functools.partial(smem_tile, dtype=E4M3)
     ds = tile((plan.num_ds_stages, WARPGROUPS, BLOCK_Q, ROWS))
-    units = tile((plan.num_ds_stages, WARPGROUPS, BLOCK_Q, ROWS // 2), jnp.bfloat16)
-    dq = tile((WARPGROUPS, BLOCK_Q, plan.dq_columns), jnp.float32)
-    gradients = tile((WARPGROUPS, ROWS, h), plan.spec.dtype)
+    units = smem_tile((plan.num_ds_stages, WARPGROUPS, BLOCK_Q, ROWS // 2), jnp.bfloat16)
+    dq = smem_tile((WARPGROUPS, BLOCK_Q, plan.dq_columns), jnp.float32)
+    gradients = smem_tile((WARPGROUPS, ROWS, h), plan.spec.dtype)
     barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
     return Scratch(
         k=tile((TILE_KV, h)),
         v=tile((TILE_KV, h)),
         k_t=tile((WARPGROUPS, h, ROWS)),
         q=tile((stages, BLOCK_Q, h)),
-        dout=tile((stages, BLOCK_Q, h), plan.gradient_dtype),
+        dout=smem_tile((stages, BLOCK_Q, h), plan.gradient_dtype),
         q_t=tile((stages, h, BLOCK_Q)),
-        dout_t=tile((stages, h, BLOCK_Q), plan.gradient_dtype),
+        dout_t=smem_tile((stages, h, BLOCK_Q), plan.gradient_dtype),
         rows=plgpu.SMEM((stages, plan.num_rows, BLOCK_Q), jnp.float32),
         q_ids=plgpu.SMEM((stages, BLOCK_Q), jnp.int32) if has_segments else None,
         ds=ds if plan.interpret else plgpu.RefUnion((units,), (ds,)),
         # The interpreter knows no unions; it adds to dQ without staging.
         staging=((), (gradients,)) if plan.interpret else plgpu.RefUnion((dq,), (gradients,)),
-        matrix=tile((h, h), plan.spec.dtype) if plan.spec.fp8.rotate else None,
+        matrix=smem_tile((h, h), plan.spec.dtype) if plan.spec.fp8.rotate else None,
         rotated=gradients if plan.interpret and plan.spec.fp8.rotate else None,
         operands=tile((WARPGROUPS, 2, ROWS, BLOCK_Q)) if plan.interpret else None,
         kv_full=plgpu.Barrier(num_arrivals=2 + WARPGROUPS + plan.spec.fp8.rotate),

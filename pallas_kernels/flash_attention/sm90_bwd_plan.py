@@ -7,6 +7,7 @@ Split from `sm90_bwd_bf16`, whose text explains the warps and barriers.
 # warpgroups.
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.config import AttentionSpec, BackwardConfig
 from pallas_kernels.flash_attention.sm90_fwd_plan import divmod_int32
-from pallas_kernels.mosaic import ROWS, scratch_bytes, tile_transforms
+from pallas_kernels.mosaic import ROWS, scratch_bytes, smem_tile
 
 # At the end of a tile the producer announces two turns without waiting in between for anything
 # that `compute` does after it has taken the turn before them. With two barriers the second would
@@ -170,12 +171,8 @@ def scratch_types(plan: Plan) -> Scratch:
     config, spec = plan.config, plan.spec
     wgs, q_stages, do_stages = config.compute_warpgroups, config.num_q_stages, config.num_do_stages
     block_q, block_kv, head_dim = config.block_q, config.block_kv, spec.head_dim
-    dtype = jnp.dtype(spec.dtype)
-
-    def tile(shape: tuple[int, ...], dtype: Any = dtype) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=tile_transforms(jnp.dtype(dtype).itemsize))
-
-    dq = tile((wgs, *plan.dq_shape), jnp.float32)
+    tile = functools.partial(smem_tile, dtype=spec.dtype)
+    dq = smem_tile((wgs, *plan.dq_shape), jnp.float32)
     gradients = tile((wgs, plan.channels // ROWS, ROWS, ROWS))
     return Scratch(
         k=tile((block_kv, head_dim)),

@@ -35,7 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.sm90_isolation import BAD_LSE
 from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
-from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, scratch_bytes, tile_transforms
+from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, scratch_bytes, smem_tile
 from pallas_kernels.numerics import LOG2E
 
 _STAGES = 2
@@ -80,16 +80,12 @@ class _Smem(NamedTuple):
 def _smem_types(plan: Plan) -> _Smem:
     """The shared-memory plan."""
     h = plan.shape[3]
-
-    def tile(shape: tuple[int, ...], dtype: Any) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=tile_transforms(jnp.dtype(dtype).itemsize))
-
     return _Smem(
-        out=tile((_STAGES, ROWS, h), plan.dtype),
-        dout=tile((_STAGES, ROWS, h), plan.dtype),
+        out=smem_tile((_STAGES, ROWS, h), plan.dtype),
+        dout=smem_tile((_STAGES, ROWS, h), plan.dtype),
         lse=plgpu.SMEM((_STAGES, ROWS), jnp.float32),
         dlse=plgpu.SMEM((_STAGES, ROWS), jnp.float32),
-        zeros=tile((ROWS, h), jnp.float32),
+        zeros=smem_tile((ROWS, h), jnp.float32),
         full=plgpu.Barrier(num_arrivals=4, num_barriers=_STAGES),
     )
 

@@ -37,8 +37,8 @@ from pallas_kernels.mosaic import (
     PER_ROW,
     ROWS,
     launcher,
+    smem_tile,
     store_transposed_8_bits,
-    tile_transforms,
 )
 from pallas_kernels.quantize.sm90_tiles import pack_pairs
 
@@ -157,12 +157,6 @@ def columns_type(channels: int, dtype: Any, order: Order, *, interpret: bool) ->
     as_bytes = smem_tile((parts, channels, width), dtype)
     as_units = smem_tile((parts, channels, width // 2), jnp.bfloat16)
     return as_bytes if interpret else plgpu.RefUnion((as_units,), (as_bytes,))
-
-
-def smem_tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory as TMA and wgmma want it."""
-    transforms = tile_transforms(jnp.dtype(dtype).itemsize, shape[-1])
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _scratch_types(plan: Plan) -> dict[str, Any]:

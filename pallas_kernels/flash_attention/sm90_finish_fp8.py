@@ -26,8 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash_attention.sm90_columns_fp8 import smem_tile
-from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher
+from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, smem_tile
 
 _STAGES = 2
 _CTAS_PER_SM = 2

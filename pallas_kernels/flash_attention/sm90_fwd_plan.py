@@ -16,11 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.config import AttentionSpec, ForwardConfig
 from pallas_kernels.flash_attention.fp8 import BLOCK as FP8_BLOCK
-from pallas_kernels.mosaic import (
-    ROWS,
-    scratch_bytes,
-    tile_transforms,
-)
+from pallas_kernels.mosaic import ROWS, scratch_bytes, smem_tile
 
 _L2_BYTES = 32 * 2**20  # of 50 MiB: K and V of one section; the rest is for Q and O
 _TILE_OVERHEAD = 1.5  # of a tile's start and end, in key blocks
@@ -159,19 +155,14 @@ def scratch_types(plan: Plan) -> Scratch:
     config, spec = plan.config, plan.spec
     wgs, stages, block_kv = config.compute_warpgroups, config.num_stages, config.block_kv
     is_fp8 = spec.precision == "fp8"
-    factor = jnp.dtype(jnp.float8_e4m3fn if is_fp8 else spec.dtype)
-
-    def tile(shape: tuple[int, ...], dtype: Any = factor) -> Any:
-        itemsize = jnp.dtype(dtype).itemsize
-        return plgpu.SMEM(shape, dtype, transforms=tile_transforms(itemsize, shape[-1]))
-
+    tile = functools.partial(smem_tile, dtype=jnp.float8_e4m3fn if is_fp8 else spec.dtype)
     # 8-bit wgmma has no transposed operand.
     v_shape = (spec.head_dim, block_kv) if is_fp8 else (block_kv, spec.head_dim)
     return Scratch(
         q=tile((plan.tile_q, spec.head_dim)),
         k=tile((stages, block_kv, spec.head_dim)),
         v=tile((stages, *v_shape)),
-        out=None if config.reuse_q_smem else tile((plan.tile_q, spec.head_dim), spec.dtype),
+        out=None if config.reuse_q_smem else smem_tile((plan.tile_q, spec.head_dim), spec.dtype),
         kv_ids=plgpu.SMEM((stages, block_kv), jnp.int32) if spec.has_segments else None,
         scales=plgpu.SMEM(plan.scales_shape, jnp.float32) if is_fp8 else None,
         p=tile((wgs, ROWS, block_kv)) if plan.interpret else None,

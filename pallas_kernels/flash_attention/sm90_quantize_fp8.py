@@ -38,10 +38,9 @@ from pallas_kernels.flash_attention.sm90_columns_fp8 import (
     columns_type,
     round_saturating,
     send_columns,
-    smem_tile,
     store_columns,
 )
-from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, launcher
+from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, launcher, smem_tile
 from pallas_kernels.numerics import E4M3_MAX
 from pallas_kernels.quantize.sm90_tiles import row_amax
 
