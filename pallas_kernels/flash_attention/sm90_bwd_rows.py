@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.sm90_head_blocks import HeadBlocks
 from pallas_kernels.flash_attention.sm90_isolation import BAD_LSE
 from pallas_kernels.hardware import SM90_SMEM_BYTES_PER_BLOCK
 from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, scratch_bytes, smem_tile
@@ -55,15 +56,16 @@ class Plan:
     """Run in the CPU interpreter."""
 
     @property
-    def num_tiles(self) -> int:
-        """Blocks of all heads."""
-        return self.shape[0] * self.shape[2] * (self.shape[1] // ROWS)
-
-    @property
-    def num_ctas(self) -> int:
-        """CTAs launched: all of them run at once."""
-        resident = SM90_SMEM_BYTES_PER_BLOCK // scratch_bytes(_smem_types(self))
-        return min(self.sm_count * resident, self.num_tiles)
+    def blocks(self) -> HeadBlocks:
+        """Blocks of ROWS rows; all CTAs run at once."""
+        batch, length, heads, _ = self.shape
+        ctas_per_sm = SM90_SMEM_BYTES_PER_BLOCK // scratch_bytes(_smem_types(self))
+        return HeadBlocks(
+            batch_size=batch,
+            num_heads=heads,
+            blocks_per_head=length // ROWS,
+            max_ctas=ctas_per_sm * self.sm_count,
+        )
 
 
 class _Smem(NamedTuple):
@@ -105,18 +107,15 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     """Walks through the CTA's blocks."""
     *inputs, lse_out, delta_out, dq = refs
     smem = _Smem(**smem_refs)
-    heads, blocks = jnp.int32(plan.shape[2]), jnp.int32(plan.shape[1] // ROWS)
-    rest = plan.num_tiles - lax.axis_index("cta") + (plan.num_ctas - 1)
-    count = lax.div(rest, jnp.int32(plan.num_ctas))
+    blocks = plan.blocks
 
-    def tile(i: Array) -> tuple[Array, Array, Any]:
-        """Batch row, head and queries of the CTA's i-th block; heads lie side by side."""
-        index = lax.axis_index("cta") + i * plan.num_ctas
-        rest, head = lax.div(index, heads), lax.rem(index, heads)
-        return lax.div(rest, blocks), head, pl.ds(lax.rem(rest, blocks) * ROWS, ROWS)
+    def position(i: Array) -> tuple[Array, Array, Any]:
+        """Batch row, head and queries of the CTA's i-th block."""
+        batch, head, block = blocks.position(i)
+        return batch, head, pl.ds(block * ROWS, ROWS)
 
     def load(i: Array, stage: Any) -> None:
-        batch, head, rows = tile(i)
+        batch, head, rows = position(i)
         out, dout, lse, dlse = inputs
         full = smem.full.at[stage]
         plgpu.copy_gmem_to_smem(out.at[batch, rows, head], smem.out.at[stage], full)
@@ -124,9 +123,8 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
         plgpu.copy_gmem_to_smem(lse.at[batch, head, rows], smem.lse.at[stage], full)
         plgpu.copy_gmem_to_smem(dlse.at[batch, head, rows], smem.dlse.at[stage], full)
 
-    def step(i: Array, _: None) -> None:
-        stage = lax.rem(i, jnp.int32(_STAGES))
-        batch, head, rows = tile(i)
+    def step(i: Array, stage: Array) -> None:
+        batch, head, rows = position(i)
         plgpu.copy_smem_to_gmem(smem.zeros, dq.at[batch, rows, head])
         plgpu.barrier_wait(smem.full.at[stage])
         matrices = (plgpu.load(x.at[stage], layout=MATRIX) for x in (smem.out, smem.dout))
@@ -135,13 +133,12 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
         lse_out.at[batch, head, rows][...] = lse
         delta_out.at[batch, head, rows][...] = delta
         plgpu.commit_smem()
-        pl.when(i + _STAGES < count)(lambda: load(i + _STAGES, stage))
 
-    for i in range(_STAGES):
-        pl.when(i < count)(functools.partial(load, jnp.int32(i), i))
-    smem.zeros[...] = plgpu.layout_cast(jnp.zeros(smem.zeros.shape, jnp.float32), MATRIX)
-    plgpu.commit_smem()
-    lax.fori_loop(0, count, step, None)
+    def write_zeros() -> None:
+        smem.zeros[...] = plgpu.layout_cast(jnp.zeros(smem.zeros.shape, jnp.float32), MATRIX)
+        plgpu.commit_smem()
+
+    blocks.walk(load, step, stages=_STAGES, prepare=write_zeros)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -183,7 +180,7 @@ def row_operands(
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ),
         scratch_types=_smem_types(plan)._asdict(),
-        grid=(plan.num_ctas,),
+        grid=(plan.blocks.num_ctas,),
         grid_names=("cta",),
         kernel_name="flash_attention_bwd_rows",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.sm90_head_blocks import HeadBlocks
 from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, smem_tile
 
 _STAGES = 2
@@ -46,14 +47,15 @@ class Plan:
     """Run in the CPU interpreter, which takes no A operand in registers."""
 
     @property
-    def num_tiles(self) -> int:
-        """Blocks of all heads."""
-        return self.shape[0] * self.shape[2] * (self.shape[1] // ROWS)
-
-    @property
-    def num_ctas(self) -> int:
-        """CTAs launched: all of them run at once."""
-        return min(_CTAS_PER_SM * self.sm_count, self.num_tiles)
+    def blocks(self) -> HeadBlocks:
+        """Blocks of ROWS rows; all CTAs run at once."""
+        batch, length, heads, _ = self.shape
+        return HeadBlocks(
+            batch_size=batch,
+            num_heads=heads,
+            blocks_per_head=length // ROWS,
+            max_ctas=_CTAS_PER_SM * self.sm_count,
+        )
 
 
 class _Smem(NamedTuple):
@@ -86,18 +88,10 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     """Walks through the CTA's blocks."""
     x_gmem, factor_gmem, matrix, y_gmem = refs
     smem = _Smem(**{name: smem_refs.get(name) for name in _Smem._fields})
-    heads, blocks = jnp.int32(plan.shape[2]), jnp.int32(plan.shape[1] // ROWS)
-    rest = plan.num_tiles - lax.axis_index("cta") + (plan.num_ctas - 1)
-    count = lax.div(rest, jnp.int32(plan.num_ctas))
-
-    def tile(i: Array) -> tuple[Array, Array, Array]:
-        """Batch row, head and block of the CTA's i-th block; heads lie side by side in memory."""
-        index = lax.axis_index("cta") + i * plan.num_ctas
-        rest, head = lax.div(index, heads), lax.rem(index, heads)
-        return lax.div(rest, blocks), head, lax.rem(rest, blocks)
+    blocks = plan.blocks
 
     def load(i: Array, stage: Any) -> None:
-        batch, head, block = tile(i)
+        batch, head, block = blocks.position(i)
         rows, full = pl.ds(block * ROWS, ROWS), smem.full.at[stage]
         plgpu.copy_gmem_to_smem(x_gmem.at[batch, rows, head], smem.x.at[stage], full)
         plgpu.copy_gmem_to_smem(factor_gmem.at[batch, head, rows], smem.factor.at[stage], full)
@@ -117,23 +111,20 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
 
         return pl.run_scoped(product, plgpu.ACC((ROWS, plan.shape[3]), jnp.float32))
 
-    def step(i: Array, _: None) -> None:
-        stage = lax.rem(i, jnp.int32(_STAGES))
+    def step(i: Array, stage: Array) -> None:
         plgpu.barrier_wait(smem.full.at[stage])
         y = scaled_and_rotated(stage).astype(plan.dtype)
         # The store of the block before has read the staging buffer.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem.y[...] = y
         plgpu.commit_smem()
-        batch, head, block = tile(i)
+        batch, head, block = blocks.position(i)
         plgpu.copy_smem_to_gmem(smem.y, y_gmem.at[batch, pl.ds(block * ROWS, ROWS), head])
-        pl.when(i + _STAGES < count)(lambda: load(i + _STAGES, stage))
 
     plgpu.copy_gmem_to_smem(matrix, smem.matrix, smem.setup)
-    for i in range(_STAGES):
-        pl.when(i < count)(functools.partial(load, jnp.int32(i), i))
-    plgpu.barrier_wait(smem.setup)
-    lax.fori_loop(0, count, step, None)
+    blocks.walk(
+        load, step, stages=_STAGES, prepare=functools.partial(plgpu.barrier_wait, smem.setup)
+    )
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -160,7 +151,7 @@ def scale_and_rotate(
         functools.partial(_kernel, plan=plan),
         out_type=jax.ShapeDtypeStruct(x.shape, plan.dtype),
         scratch_types=scratch,
-        grid=(plan.num_ctas,),
+        grid=(plan.blocks.num_ctas,),
         grid_names=("cta",),
         kernel_name="fp8_scale_and_rotate",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
