@@ -6,6 +6,7 @@ of the same names, so import those with `from pallas_kernels.flash_attention imp
 
 from pallas_kernels.flash_attention.api import flash_attention, flash_attention_choice
 from pallas_kernels.flash_attention.config import Fp8Options
+from pallas_kernels.flash_attention.rope_attention import rope_flash_attention
 from pallas_kernels.fused.rmsnorm import rmsnorm, rmsnorm_quantize
 from pallas_kernels.fused.rope import rope_qkv
 from pallas_kernels.fused.swiglu import swiglu, swiglu_grad_quantize, swiglu_quantize
@@ -22,6 +23,7 @@ __all__ = [
     "quantize",
     "rmsnorm",
     "rmsnorm_quantize",
+    "rope_flash_attention",
     "rope_qkv",
     "swiglu",
     "swiglu_grad_quantize",

@@ -24,6 +24,7 @@ RecipeName = Literal["bf16", "delayed", "current"]
 AttentionPrecision = Literal["bf16", "fp8", "fp8_forward"]
 AttentionImplementation = Literal["auto", "xla", "cudnn", "mosaic"]
 KernelImplementation = Literal["auto", "xla", "mosaic"]
+RopeImplementation = Literal[KernelImplementation, "fused"]
 
 
 class ConfigError(ValueError):
@@ -93,9 +94,10 @@ class ModelConfig:
     norm_implementation: KernelImplementation = "auto"
     """Gradient of the blocks' RMSNorms. mosaic: Hopper's Pallas kernel, which adds that of the
     residual connection; hidden sizes k * 1024 up to 4096. auto: mosaic where it can run."""
-    rope_implementation: KernelImplementation = "auto"
-    """Gradient of the rotary positions. mosaic: Hopper's Pallas kernel, which also puts the
-    gradients of q, k and v together; not with qk-norm."""
+    rope_implementation: RopeImplementation = "auto"
+    """Rotary positions. mosaic: Hopper's Pallas kernel for their gradient, which also puts those of
+    q, k and v together; not with qk-norm. fused: inside the kernels that cast for FP8 attention; on
+    one GPU. auto: fused where it can run, else mosaic where that can."""
     swiglu_implementation: KernelImplementation = "auto"
     """SwiGLU's activation and its gradient in 16 bits. mosaic: Hopper's Pallas kernels. Where
     kernels cast (--fp8.quantize-implementation) they quantise the activation as they compute it."""
@@ -143,7 +145,7 @@ class ModelConfig:
             f"--model.local-window-size={self.local_window_size} must be >= 0",
         )
         _require(
-            self.rope_implementation != "mosaic" or not self.qk_norm,
+            self.rope_implementation not in ("mosaic", "fused") or not self.qk_norm,
             f"--model.rope-implementation={self.rope_implementation} cannot run with"
             " --model.qk-norm (its kernel ends at the projection); use auto or xla",
         )

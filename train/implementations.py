@@ -3,8 +3,9 @@
 "auto" takes the Mosaic kernel on one Hopper GPU, where it can run all that the option is about, and
 XLA elsewhere. Whether a kernel can run is for its own checks to say. On several devices it is XLA,
 too: what each of them gets is for the partitioner to choose, in pieces that may be too small for a
-kernel, and nothing has been measured there. Attention is not among these options:
-`flash_attention` chooses for itself.
+kernel, and nothing has been measured there. Rotary positions are "fused" with the casts of FP8
+attention before all that, on one GPU. Attention is not among these options: `flash_attention`
+chooses for itself.
 """
 
 # Shapes: M tokens; the GEMMs of a dot are those of [M, K] and [K, N].
@@ -20,12 +21,13 @@ from jax.sharding import Mesh
 
 from jfp8.scaling import LHS
 from pallas_kernels import flash_attention_choice
+from pallas_kernels.flash_attention import rope_attention
 from pallas_kernels.flash_attention.api import Choice
 from pallas_kernels.flash_attention.sm90_quantize_fp8 import HEAD_DIMS as FP8_CAST_HEAD_DIMS
 from pallas_kernels.fused import rmsnorm, rope, swiglu
 from pallas_kernels.quantize import api as quantize
-from train.config import ConfigError, ModelConfig, TrainConfig
-from train.model import COMPUTE_DTYPE, attention_options, ffn_group
+from train.config import ConfigError, ModelConfig, RopeImplementation, TrainConfig
+from train.model import COMPUTE_DTYPE, attention_options, ffn_group, fused_attention_options
 from train.state import make_recipe
 
 _OPTIONS = {
@@ -40,7 +42,7 @@ class Decision(NamedTuple):
     """Who runs one kind of operation."""
 
     what: str
-    implementation: Literal["xla", "mosaic"]
+    implementation: Literal["xla", "mosaic", "fused"]
     reason: str
     """Why not Mosaic, or "asked for"; empty for a kernel that was chosen."""
 
@@ -52,29 +54,41 @@ def settle(config: TrainConfig, mesh: Mesh) -> tuple[TrainConfig, list[Decision]
       config: as asked for; this is the one to save.
       mesh: of the devices.
 
-    Returns: the config with "xla" or "mosaic" for each "auto"; and what was decided.
+    Returns: the config with "xla", "mosaic" or "fused" for each "auto"; and what was decided.
 
     Raises:
-      ConfigError: if "mosaic" is asked for where its kernels cannot run.
+      ConfigError: if "mosaic" or "fused" is asked for where its kernels cannot run.
     """
-    decisions, split = [], None
-    if mesh.size > 1:
-        split = f"what each of {mesh.size} devices gets is for XLA to choose; ask for mosaic"
+    decisions = []
     for what, (section, field) in _OPTIONS.items():
         asked = getattr(getattr(config, section), field)
-        reason = None if asked == "xla" else _REASONS[what](config)
-        if asked == "auto":
-            reason = reason or split
-        if asked == "mosaic" and reason is not None:
+        taken, reason = _take(what, asked, config, mesh)
+        if reason is not None and asked != "auto":
             option = f"--{section}.{field.replace('_', '-')}"
-            raise ConfigError(f"{option}=mosaic cannot run: {reason}. Use auto, or xla")
-        taken = "xla" if asked == "xla" or reason is not None else "mosaic"
+            raise ConfigError(f"{option}={asked} cannot run: {reason}. Use auto, or xla")
         # The way out, which reasons end with, has been taken.
         why = "asked for" if asked != "auto" else (reason or "").partition(";")[0]
         if what != "casts" or _casts_anything(config):
             decisions.append(Decision(what, taken, why))
         config = _with(config, section, field, taken)
     return config, decisions
+
+
+def _take(
+    what: str, asked: RopeImplementation, config: TrainConfig, mesh: Mesh
+) -> tuple[Literal["xla", "mosaic", "fused"], str | None]:
+    """What runs instead of `asked`; and what stands in the way of Mosaic."""
+    if asked == "xla":
+        return "xla", None
+    if what == "rope" and asked != "mosaic":
+        # The option of casts, which the fused kernels are some of, is settled by now.
+        reason = _fused_rope_reason(config, mesh)
+        if reason is None or asked == "fused":
+            return "fused", reason
+    reason = _REASONS[what](config)
+    if reason is None and asked == "auto" and mesh.size > 1:
+        reason = f"what each of {mesh.size} devices gets is for XLA to choose; ask for mosaic"
+    return "mosaic" if reason is None else "xla", reason
 
 
 def _with(config: TrainConfig, section: str, field: str, value: object) -> TrainConfig:
@@ -154,6 +168,31 @@ def _rope_reason(config: TrainConfig) -> str | None:
     heads = dict(num_kv_heads=model.num_kv_heads, head_dim=model.resolved_head_dim)
     width = _gemms(model)["block.qkv"][1]
     return _first(rope.unsupported_reason(_array(1, m, width), **heads) for m in _tokens(config))
+
+
+def _fused_rope_reason(config: TrainConfig, mesh: Mesh) -> str | None:
+    """Why the kernels that cast for FP8 attention cannot rotate q and k."""
+    model, data = config.model, config.data
+    if model.attention_precision != "fp8":
+        return "its kernels are those of --model.attention-precision=fp8"
+    if model.qk_norm:
+        return "its kernels begin at the projection, and --model.qk-norm comes between"
+    if mesh.size > 1:
+        return f"XLA would gather what {mesh.size} devices have; use mosaic"
+    if config.fp8.quantize_implementation != "mosaic":
+        return "its kernels are those of --fp8.quantize-implementation=mosaic, which is not in use"
+    if model.attention_implementation == "xla":
+        return "it needs --model.attention-implementation=mosaic"
+    options = fused_attention_options(model, config.fp8.quantize_implementation)
+    del options["implementation"]
+    tokens, width = data.sequence_length, _gemms(model)["block.qkv"][1]
+    ids = lambda m: _array(m, tokens, dtype=jnp.int32) if data.document_mask else None  # noqa: E731
+    return _first(
+        rope_attention.unsupported_reason(
+            _array(rows, tokens, width), ids(rows), rope_attention.Options(**options)
+        )
+        for rows in (m // tokens for m in _tokens(config))
+    )
 
 
 def _swiglu_reason(config: TrainConfig) -> str | None:

@@ -20,12 +20,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jfp8
 import jfp8.nnx
-from pallas_kernels import Fp8Options, flash_attention, rmsnorm, rope_qkv, swiglu
+from pallas_kernels import (
+    Fp8Options,
+    flash_attention,
+    rmsnorm,
+    rope_flash_attention,
+    rope_qkv,
+    swiglu,
+)
 from pallas_kernels.flash_attention.config import RESIDUAL_NAMES as ATTENTION_RESIDUAL_NAMES
 from pallas_kernels.fused.rmsnorm import RESIDUAL_NAME as NORM_RESIDUAL_NAME
 from pallas_kernels.fused.rope import rotate, split_heads
 from pallas_kernels.quantize.contract import Implementation
-from train.config import KernelImplementation, ModelConfig
+from train.config import KernelImplementation, ModelConfig, RopeImplementation
 from train.embedding import embed
 from train.taps import Taps, apply_linear, see_attention
 
@@ -68,11 +75,11 @@ class RMSNorm(nnx.Module):
         )
 
 
-def _asked_for(implementation: KernelImplementation) -> Implementation | None:
+def _asked_for(implementation: RopeImplementation) -> Implementation | None:
     """An option as the kernels take it. `train.implementations` leaves no "auto" to a run; without
-    it, each call chooses.
+    it, each call chooses, as where q and k are wanted of a rotation that is "fused".
     """
-    return None if implementation == "auto" else implementation
+    return None if implementation in ("auto", "fused") else implementation
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -114,8 +121,31 @@ class Attention(nnx.Module):
         """[B, T, D] -> [B, T, D]; `segment_ids` int32 [B, T] keeps packed documents apart."""
         config = self.config
         batch, length, _ = x.shape
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
+        heads, head_dim = config.num_heads, config.resolved_head_dim
         qkv = checkpoint_name(apply_linear(self.taps, "qkv", self.qkv, x, x_cast), "qkv")
+        # Taps read q, k and v in 16 bits.
+        if config.rope_implementation == "fused" and self.taps is None:
+            attended = rope_flash_attention(
+                qkv,
+                *angles,
+                segment_ids=segment_ids,
+                **fused_attention_options(config, self.quantize_implementation),
+            )
+        else:
+            attended = self._attend(qkv, angles, segment_ids)
+        return apply_linear(
+            self.taps, "out", self.out, attended.reshape(batch, length, heads * head_dim)
+        )
+
+    def _attend(
+        self,
+        qkv: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+    ) -> jax.Array:
+        """[B, T, (N + 2 K) H] -> [B, T, N, H], with q, k and v in 16 bits between."""
+        config = self.config
+        kv_heads, head_dim = config.num_kv_heads, config.resolved_head_dim
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = split_heads(qkv, kv_heads, head_dim)
             q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
@@ -127,21 +157,38 @@ class Attention(nnx.Module):
                 head_dim=head_dim,
                 implementation=_asked_for(config.rope_implementation),
             )
-        window = config.local_window_size
         attended = flash_attention(
             q,
             k,
             v,
             is_causal=True,
-            local_window_size=(window, 0) if window else None,
+            local_window_size=_window(config),
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             **attention_options(config, self.quantize_implementation),
         )
-        attended = see_attention(self.taps, q, k, v, attended)
-        return apply_linear(
-            self.taps, "out", self.out, attended.reshape(batch, length, heads * head_dim)
-        )
+        return see_attention(self.taps, q, k, v, attended)
+
+
+def _window(config: ModelConfig) -> tuple[int, int] | None:
+    """Keys that a token sees on both sides, if not all."""
+    return (config.local_window_size, 0) if config.local_window_size else None
+
+
+def fused_attention_options(
+    config: ModelConfig, quantize_implementation: KernelImplementation
+) -> dict[str, Any]:
+    """The arguments of `rope_flash_attention` besides arrays."""
+    options = attention_options(config, quantize_implementation)
+    return {
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.resolved_head_dim,
+        "is_causal": True,
+        "local_window_size": _window(config),
+        "fp8_options": options["fp8_options"],
+        "implementation": "mosaic",
+        "deterministic": options["deterministic"],
+    }
 
 
 def attention_options(

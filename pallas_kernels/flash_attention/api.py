@@ -161,7 +161,7 @@ def flash_attention(
 
     References: Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608.
     """
-    spec, choice = _plan(
+    spec, choice = plan_call(
         q,
         k,
         v,
@@ -229,7 +229,7 @@ def flash_attention_choice(
 
     Arrays may be `jax.ShapeDtypeStruct`. Raises what `flash_attention` would raise.
     """
-    return _plan(
+    return plan_call(
         q,
         k,
         v,
@@ -246,7 +246,7 @@ def flash_attention_choice(
     )[1]
 
 
-def _plan(
+def plan_call(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,

@@ -57,8 +57,12 @@ def key_mean(k: Array) -> Array:
 
     The softmax is the same whatever is subtracted from all keys of a head, so m need not be exact.
     """
-    stride = max(1, k.shape[1] // _MEAN_KEYS)
-    return k[:, ::stride].astype(_F32).mean(axis=1)
+    return k[:, :: mean_stride(k.shape[1])].astype(_F32).mean(axis=1)
+
+
+def mean_stride(key_length: int) -> int:
+    """The mean is taken of one key in so many."""
+    return max(1, key_length // _MEAN_KEYS)
 
 
 def quantize_blocks(x: Array) -> tuple[Array, Array]:

@@ -67,17 +67,21 @@ def attention(q, k, v, q_segment_ids, kv_segment_ids, spec: AttentionSpec, kerne
 
 def _attention_fwd(q, k, v, q_segment_ids, kv_segment_ids, spec, kernels):
     inputs = kernels.quantize_inputs(q, k, v, spec)
-    out, statistics = kernels.fp8_forward(inputs, q_segment_ids, kv_segment_ids, spec)
-    out_name, lse_name = RESIDUAL_NAMES
-    out = checkpoint_name(out, out_name)
-    statistics = Statistics(*(checkpoint_name(x, lse_name) for x in statistics))
+    ids = q_segment_ids, kv_segment_ids
+    out, statistics = named(*kernels.fp8_forward(inputs, *ids, spec))
     lse = statistics.lse2.transpose(0, 2, 1) * LN2
     if inputs.key_mean is not None:
         lse += spec.softmax_scale * dot_with_mean(q, inputs.key_mean)
-    ids = q_segment_ids, kv_segment_ids
     if spec.fp8.backward == "bf16":
         return (out, lse), (q, k, v, ids, out, lse)
     return (out, lse), (inputs._replace(v_columns=None), ids, out, statistics)
+
+
+def named(out: Array, statistics: Statistics) -> tuple[Array, Statistics]:
+    """The same, with the names by which a remat policy knows them."""
+    out_name, lse_name = RESIDUAL_NAMES
+    out = checkpoint_name(out, out_name)
+    return out, Statistics(*(checkpoint_name(x, lse_name) for x in statistics))
 
 
 def _attention_bwd(spec, kernels, residuals, cotangents):
@@ -91,8 +95,12 @@ def _attention_bwd(spec, kernels, residuals, cotangents):
         gradients = quantize_gradients(inputs, statistics, out, dout, dlse, spec)
         dq, dk, dv = kernels.fp8_backward(inputs, gradients, *ids, spec)
         grads = add_mean(dq, inputs, gradients, dlse, spec), dk, dv
-    no_gradient = (None if i is None else np.zeros(i.shape, jax.dtypes.float0) for i in ids)
-    return *grads, *no_gradient
+    return *grads, *map(no_gradient, ids)
+
+
+def no_gradient(ids: Array | None) -> np.ndarray | None:
+    """What a vjp returns for segment ids."""
+    return None if ids is None else np.zeros(ids.shape, jax.dtypes.float0)
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)

@@ -36,8 +36,14 @@ BACKWARD_HEAD_DIMS = (64, 128)
 def unsupported_reason(spec: AttentionSpec) -> str | None:
     """Returns why the kernels cannot run `spec` on the default device, or None if they can."""
     is_hopper, found = hardware.require_sm90()
+    if not is_hopper:
+        return f"the kernel is for Hopper, but {found}; use implementation='xla'"
+    return spec_unsupported_reason(spec)
+
+
+def spec_unsupported_reason(spec: AttentionSpec) -> str | None:
+    """Returns why the kernels cannot run `spec` on any device, or None if they can."""
     rules = (
-        (is_hopper, f"the kernel is for Hopper, but {found}; use implementation='xla'"),
         (
             spec.dtype in sm90.SUPPORTED_DTYPES,
             f"q.dtype={spec.dtype} is not one of {sm90.SUPPORTED_DTYPES}; cast q, k and v",
@@ -78,36 +84,47 @@ def quantize_inputs(
         return fp8_quantize.quantize_inputs(q, k, v, spec)
     matrix = jnp.asarray(fp8.rotation(spec.head_dim), q.dtype) if spec.fp8.rotate else None
     mean = fp8_quantize.key_mean(k) if spec.fp8.center_keys else None
-    rotated_mean = _rotated(mean, spec) if mean is not None else None
+    rotated_mean = rotated(mean, spec) if mean is not None else None
     run = functools.partial(
         sm90_quantize_fp8.quantize, sm_count=sm90.sm_count(), interpret=interpret
     )
     first = None
     if spec.fp8.exact_first_key:
-        first = _rotated(fp8_quantize.first_key_of(k, mean), spec)
+        first = rotated(fp8_quantize.first_key_of(k, mean), spec)
         first = fp8_quantize.to_query_heads(first, spec)
     q_parts = run(q, matrix, None, first, writes_columns=False)
     k_parts = run(k, matrix, rotated_mean, writes_columns=False)
     v_parts = run(v, None, None, writes_columns=True)
-    assert v_parts.norm is not None, "asked for by writes_columns"
+    return inputs_of(q_parts, k_parts, v_parts, mean, spec)
+
+
+def inputs_of(
+    q: sm90_quantize_fp8.Quantized,
+    k: sm90_quantize_fp8.Quantized,
+    v: sm90_quantize_fp8.Quantized,
+    mean: Array | None,
+    spec: AttentionSpec,
+) -> fp8.Inputs:
+    """The kernels' results; q's products are with the first key, k' M."""
+    assert v.norm is not None, "asked for by writes_columns"
     inputs = fp8.Inputs(
-        q=q_parts.rows,
-        k=k_parts.rows,
-        v=v_parts.rows,
-        q_scale=q_parts.scale,
-        k_scale=k_parts.scale,
-        v_scale=v_parts.scale,
-        v_norm=v_parts.norm,
+        q=q.rows,
+        k=k.rows,
+        v=v.rows,
+        q_scale=q.scale,
+        k_scale=k.scale,
+        v_scale=v.scale,
+        v_norm=v.norm,
         key_mean=mean,
-        v_columns=v_parts.columns,
+        v_columns=v.columns,
     )
-    if q_parts.products is None:
+    if q.products is None:
         return inputs
-    first_key = q_parts.products / fp8_quantize.first_key_scale(inputs, spec)
+    first_key = q.products / fp8_quantize.first_key_scale(inputs, spec)
     return inputs._replace(first_key=first_key)
 
 
-def _rotated(x: Array, spec: AttentionSpec) -> Array:
+def rotated(x: Array, spec: AttentionSpec) -> Array:
     """x M of `[B, K, H]`, float32, if the options ask for it.
 
     No dot: XLA would make one of two, and hand slices of its result to the kernels.

@@ -49,12 +49,33 @@ _STAGES = 2
 _CTAS_PER_SM = 2
 
 
+class Part(NamedTuple):
+    """Some heads of a tensor: of each `group` of heads `count`, from `first` on."""
+
+    group: int
+    first: int
+    count: int
+
+    def source(self, head: Array) -> Array:
+        """Which head of the tensor is the part's head `head`."""
+        if self == WHOLE:
+            return head
+        count = jnp.int32(self.count)
+        return lax.div(head, count) * self.group + self.first + lax.rem(head, count)
+
+
+WHOLE = Part(group=1, first=0, count=1)
+"""All heads of a tensor."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Everything static about one launch."""
 
     shape: tuple[int, ...]
-    """Of x: B, L, heads, H; L a multiple of 16."""
+    """Of the result: B, L, heads, H; L a multiple of 16."""
+    part: Part
+    """Which of the heads of x these are."""
     dtype: Any
     """Of x: 16 bits."""
     rotates: bool
@@ -152,6 +173,7 @@ class _Kernel(NamedTuple):
     def half(self, ref: Any, i: Array, a: int) -> Any:
         """64 rows of a block in `[B, L / 2, 2, heads, H]`, or in `[B, L, heads, H]`."""
         batch, head, block = self.tile(i)
+        head = self.plan.part.source(head) if ref is self.x else head
         if self.plan.writes_columns:
             return ref.at[batch, pl.ds(block * ROWS, ROWS), a, head]
         return ref.at[batch, pl.ds(block * TILE_ROWS + a * ROWS, ROWS), head]
@@ -198,7 +220,7 @@ class _Kernel(NamedTuple):
         largest = [row_amax(y, interpret=plan.interpret) for y in halves]
         amax = jnp.max(jnp.maximum(*largest))
         self.amax[batch, head, block] = amax
-        inverse = _inverse_scale(plgpu.layout_cast(jnp.full((ROWS,), amax), PER_ROW))
+        inverse = inverse_scale(plgpu.layout_cast(jnp.full((ROWS,), amax), PER_ROW))
         if plan.writes_columns:
             squares = [jnp.sum(y * y, axis=1) for y in halves]
             self.norm[batch, head, block] = jnp.max(jnp.maximum(*squares))
@@ -218,7 +240,7 @@ class _Kernel(NamedTuple):
             send_columns(smem.columns, target, block, 16, interpret=plan.interpret)
 
 
-def _inverse_scale(amax: Array) -> Array:
+def inverse_scale(amax: Array) -> Array:
     """1 / `fp8.scale_of(amax, E4M3_MAX, fp8.MIN_SCALE)`, float32, by the same bits."""
     bits = lax.bitcast_convert_type(amax, jnp.int32) + fp8.SCALE_CARRY
     exponent = lax.shift_right_logical(bits, 23) - fp8.E4M3_EXPONENT
@@ -262,7 +284,7 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-@launcher("writes_columns", "sm_count", "interpret")
+@launcher("writes_columns", "part", "sm_count", "interpret")
 def quantize(
     x: Array,
     matrix: Array | None,
@@ -271,29 +293,33 @@ def quantize(
     *,
     writes_columns: bool,
     sm_count: int,
+    part: Part = WHOLE,
     interpret: bool = False,
 ) -> Quantized:
     """Runs the kernel.
 
     Args:
-      x: `[B, L, heads, H]`, bfloat16 or float16.
+      x: `[B, L, heads, H]`, bfloat16 or float16; or with more heads, see `part`.
       matrix: M, `[H, H]`, like x; or None for no rotation.
       mean: m M, or m without a rotation, `[B, heads, H]`, float32; or None for 0. The last block's
         scale takes rows beyond L for -m.
       key: `[B, heads, H]`, float32, to be multiplied with y; or None, as it must be with columns.
       writes_columns: whether columns and norms are wanted.
       sm_count: streaming multiprocessors of the device.
+      part: the heads of x to take, `heads` in all that follows x; the others are not read.
       interpret: run in the CPU interpreter.
 
     Returns:
       The results; columns, norm and products are None unless asked for.
     """
     assert key is None or not writes_columns, "rows are in order only without columns"
-    batch, length, heads, h = x.shape
+    batch, length, all_heads, h = x.shape
     padding = -length % 16  # whole groups of the permutation
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else x
+    heads = all_heads // part.group * part.count
     plan = Plan(
-        shape=x.shape,
+        shape=(batch, x.shape[1], heads, h),
+        part=part,
         dtype=x.dtype,
         rotates=matrix is not None,
         centers=mean is not None,
@@ -302,16 +328,16 @@ def quantize(
         sm_count=sm_count,
         interpret=interpret,
     )
-    view = (batch, x.shape[1] // 2, 2, heads, h) if writes_columns else x.shape
+    rows = (x.shape[1] // 2, 2) if writes_columns else (x.shape[1],)
     per_block = jax.ShapeDtypeStruct((batch, heads, plan.num_blocks), jnp.float32)
-    out_type = [jax.ShapeDtypeStruct(view, fp8.E4M3), per_block]
+    out_type = [jax.ShapeDtypeStruct((batch, *rows, heads, h), fp8.E4M3), per_block]
     if writes_columns:
         columns = (batch, heads, h, plan.num_blocks * TILE_ROWS)
         out_type += [jax.ShapeDtypeStruct(columns, fp8.E4M3), per_block]
     if key is not None:
         rows_type = (batch, heads, plan.num_blocks * TILE_ROWS)
         out_type.append(jax.ShapeDtypeStruct(rows_type, jnp.float32))
-    rows, amax, *others = plgpu.kernel(
+    quantized, amax, *others = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=tuple(out_type),
         scratch_types={k: v for k, v in _smem_types(plan)._asdict().items() if v is not None},
@@ -320,10 +346,10 @@ def quantize(
         kernel_name="fp8_quantize_blocks",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(x.reshape(view), *(a for a in (matrix, mean, key) if a is not None))
+    )(x.reshape(batch, *rows, all_heads, h), *(a for a in (matrix, mean, key) if a is not None))
     products = None if key is None else others.pop()[:, :, :length]
     columns, norm = others or (None, None)
     norm = None if norm is None else jnp.sqrt(norm.max(axis=2))
     scale = fp8.scale_of(amax, E4M3_MAX, fp8.MIN_SCALE)
-    rows = rows.reshape(x.shape)[:, :length]
-    return Quantized(rows, scale, columns, norm, products)
+    quantized = quantized.reshape(plan.shape)[:, :length]
+    return Quantized(quantized, scale, columns, norm, products)

@@ -70,6 +70,15 @@ def rope_qkv(
       ValueError: if an argument has the wrong shape or value.
       NotImplementedError: if `implementation` cannot run this call on this device; says why.
     """
+    check(qkv, cos, sin, num_kv_heads, head_dim)
+    heads = dict(num_kv_heads=num_kv_heads, head_dim=head_dim)
+    if uses_mosaic(implementation, functools.partial(unsupported_reason, qkv, **heads)):
+        return _rope_mosaic(qkv, cos, sin, num_kv_heads, head_dim)
+    return _rope_xla(qkv, cos, sin, num_kv_heads, head_dim)
+
+
+def check(qkv: Array, cos: Array, sin: Array, num_kv_heads: int, head_dim: int) -> None:
+    """Raises ValueError if the shapes do not fit."""
     batch, length, width = qkv.shape
     if width % (num_kv_heads * head_dim) or width < 3 * num_kv_heads * head_dim:
         raise ValueError(
@@ -81,10 +90,6 @@ def rope_qkv(
             f"cos.shape={cos.shape} and sin.shape={sin.shape} must be"
             f" {(batch, length, 1, head_dim // 2)} for qkv.shape={qkv.shape} and {head_dim=}"
         )
-    heads = dict(num_kv_heads=num_kv_heads, head_dim=head_dim)
-    if uses_mosaic(implementation, functools.partial(unsupported_reason, qkv, **heads)):
-        return _rope_mosaic(qkv, cos, sin, num_kv_heads, head_dim)
-    return _rope_xla(qkv, cos, sin, num_kv_heads, head_dim)
 
 
 def unsupported_reason(
@@ -117,9 +122,14 @@ def _rope_mosaic_fwd(qkv: Array, cos: Array, sin: Array, num_kv_heads: int, head
 
 
 def _rope_mosaic_bwd(num_kv_heads: int, head_dim: int, angles, grads):
-    del num_kv_heads
-    batch, length, *_ = grads[0].shape
-    rows = [x.reshape(batch * length, -1) for x in (*grads, *angles)]
+    del num_kv_heads, head_dim
+    return rope_qkv_grad(*grads, *angles), None, None
+
+
+def rope_qkv_grad(dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> Array:
+    """The gradient of qkv from those of q, k and v of `rope_qkv`, by the kernel."""
+    batch, length, _, head_dim = dq.shape
+    rows = [x.reshape(batch * length, -1) for x in (dq, dk, dv, cos, sin)]
     group = rows[0].shape[1] // rows[1].shape[1]
     (dqkv,) = per_device(
         functools.partial(_launch, head_dim),
@@ -129,7 +139,7 @@ def _rope_mosaic_bwd(num_kv_heads: int, head_dim: int, angles, grads):
         widths=(group, 1, 1, None, None),
         result_width=group + 2,
     )
-    return dqkv.reshape(batch, length, -1), None, None
+    return dqkv.reshape(batch, length, -1)
 
 
 _rope_mosaic.defvjp(_rope_mosaic_fwd, _rope_mosaic_bwd)

@@ -118,8 +118,35 @@ def test_layers_out_of_fp8_stand_in_no_kernels_way():
 def test_without_fp8_nothing_is_said_of_casts():
     bf16 = ("--fp8.recipe", "bf16")
     assert describe(on_h200(*bf16)[1]) == "mosaic for norm, rope, swiglu"
-    decisions = on_h200(*bf16, "--model.attention-precision", "fp8")[1]
+    decisions = on_h200(*bf16, "--model.attention-precision", "fp8_forward")[1]
     assert describe(decisions) == "mosaic for casts, norm, rope, swiglu"
+
+
+ODD_LENGTH = ("--data.sequence-length", "2040", "--data.batch-size", "16")
+FP8_ATTENTION = ("--model.attention-precision", "fp8")
+
+
+def test_where_kernels_cast_for_fp8_attention_they_rotate_too():
+    assert describe(on_h200(*FP8_ATTENTION)[1]) == "fused for rope; mosaic for casts, norm, swiglu"
+    asked = ("--model.rope-implementation", "mosaic")
+    assert chosen(on_h200(*FP8_ATTENTION, *asked)[0]) == ("mosaic",) * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh", "message"),
+    [
+        ((), ONE, "its kernels are those of --model.attention-precision=fp8"),
+        (("--model.attention-precision", "fp8_forward"), ONE, "--model.attention-precision=fp8"),
+        (FP8_ATTENTION, EIGHT, "XLA would gather what 8 devices have"),
+        ((*FP8_ATTENTION, "--fp8.quantize-implementation", "xla"), ONE, "which is not in use"),
+        ((*FP8_ATTENTION, *ODD_LENGTH), ONE, "2040 tokens must be a multiple of 16"),
+        ((*FP8_ATTENTION, "--model.attention-implementation", "xla"), ONE, "it needs --model"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_fused_rotation(options, mesh, message):
+    assert on_h200(*options, mesh=mesh)[0].model.rope_implementation != "fused"
+    with pytest.raises(ConfigError, match=f"rope-implementation=fused cannot run: .*{message}"):
+        on_h200(*options, "--model.rope-implementation", "fused", mesh=mesh)
 
 
 @pytest.mark.parametrize("option", OPTIONS.values())
