@@ -40,6 +40,7 @@ from pallas_kernels.flash_attention.sm90_columns_fp8 import (
     send_columns,
     store_columns,
 )
+from pallas_kernels.flash_attention.sm90_head_blocks import HeadBlocks
 from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, launcher, smem_tile
 from pallas_kernels.numerics import E4M3_MAX
 from pallas_kernels.quantize.sm90_tiles import row_amax
@@ -97,14 +98,14 @@ class Plan:
         return pl.cdiv(self.shape[1], TILE_ROWS)
 
     @property
-    def num_tiles(self) -> int:
-        """Blocks of all heads."""
-        return self.shape[0] * self.shape[2] * self.num_blocks
-
-    @property
-    def num_ctas(self) -> int:
-        """CTAs launched: all of them run at once."""
-        return min(_CTAS_PER_SM * self.sm_count, self.num_tiles)
+    def tiles(self) -> HeadBlocks:
+        """Blocks of all heads; all CTAs run at once."""
+        return HeadBlocks(
+            batch_size=self.shape[0],
+            num_heads=self.shape[2],
+            blocks_per_head=self.num_blocks,
+            max_ctas=_CTAS_PER_SM * self.sm_count,
+        )
 
 
 class Quantized(NamedTuple):
@@ -163,16 +164,9 @@ class _Kernel(NamedTuple):
     products: Any
     smem: _Smem
 
-    def tile(self, i: Array) -> tuple[Array, Array, Array]:
-        """Batch row, head and block of the CTA's i-th block; heads lie side by side in memory."""
-        heads, blocks = jnp.int32(self.plan.shape[2]), jnp.int32(self.plan.num_blocks)
-        index = lax.axis_index("cta") + i * self.plan.num_ctas
-        rest, head = lax.div(index, heads), lax.rem(index, heads)
-        return lax.div(rest, blocks), head, lax.rem(rest, blocks)
-
     def half(self, ref: Any, i: Array, a: int) -> Any:
         """64 rows of a block in `[B, L / 2, 2, heads, H]`, or in `[B, L, heads, H]`."""
-        batch, head, block = self.tile(i)
+        batch, head, block = self.plan.tiles.position(i)
         head = self.plan.part.source(head) if ref is self.x else head
         if self.plan.writes_columns:
             return ref.at[batch, pl.ds(block * ROWS, ROWS), a, head]
@@ -183,7 +177,7 @@ class _Kernel(NamedTuple):
         full = self.smem.full.at[stage]
         for a in (0, 1):
             plgpu.copy_gmem_to_smem(self.half(self.x, i, a), self.smem.x.at[stage, a], full)
-        batch, head, _ = self.tile(i)
+        batch, head, _ = self.plan.tiles.position(i)
         for source, target in ((self.mean, self.smem.mean), (self.key, self.smem.key)):
             if source is not None:
                 plgpu.copy_gmem_to_smem(source.at[batch, head], target.at[stage], full)
@@ -206,7 +200,7 @@ class _Kernel(NamedTuple):
 
     def multiply(self, i: Array, stage: Array, halves: tuple[Array, Array]) -> None:
         """Writes the products with the key."""
-        batch, head, block = self.tile(i)
+        batch, head, block = self.plan.tiles.position(i)
         key = plgpu.load(self.smem.key.at[stage], layout=PER_COLUMN)
         for a, y in enumerate(halves):
             rows = pl.ds(block * TILE_ROWS + a * ROWS, ROWS)
@@ -216,7 +210,7 @@ class _Kernel(NamedTuple):
     def store(self, i: Array, halves: tuple[Array, Array]) -> None:
         """Rounds a block and starts its TMA stores."""
         plan, smem = self.plan, self.smem
-        batch, head, block = self.tile(i)
+        batch, head, block = self.plan.tiles.position(i)
         largest = [row_amax(y, interpret=plan.interpret) for y in halves]
         amax = jnp.max(jnp.maximum(*largest))
         self.amax[batch, head, block] = amax
@@ -261,26 +255,22 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     products = queue[-1] if plan.multiplies else None
     smem = _Smem(**{name: smem_refs.get(name) for name in _Smem._fields})
     kernel = _Kernel(plan, x, matrix, mean, rows, amax, columns, norm, key, products, smem)
-    rest = plan.num_tiles - lax.axis_index("cta") + (plan.num_ctas - 1)
-    count = lax.div(rest, jnp.int32(plan.num_ctas))
     if matrix is not None:
         plgpu.copy_gmem_to_smem(matrix, smem.matrix, smem.setup)
-    for i in range(_STAGES):
-        pl.when(i < count)(functools.partial(kernel.load, jnp.int32(i), i))
-    if plan.rotates:
-        plgpu.barrier_wait(smem.setup)
 
-    def step(i: Array, _: None) -> None:
-        stage = lax.rem(i, jnp.int32(_STAGES))
+    def step(i: Array, stage: Array) -> None:
         plgpu.barrier_wait(smem.full.at[stage])
         x = smem.x.at[stage]
         halves = kernel.half_values(x.at[0], stage), kernel.half_values(x.at[1], stage)
         if plan.multiplies:
             kernel.multiply(i, stage, halves)
         kernel.store(i, halves)
-        pl.when(i + _STAGES < count)(lambda: kernel.load(i + _STAGES, stage))
 
-    lax.fori_loop(0, count, step, None)
+    def wait_for_matrix() -> None:
+        if plan.rotates:
+            plgpu.barrier_wait(smem.setup)
+
+    plan.tiles.walk(kernel.load, step, stages=_STAGES, prepare=wait_for_matrix)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -341,7 +331,7 @@ def quantize(
         functools.partial(_kernel, plan=plan),
         out_type=tuple(out_type),
         scratch_types={k: v for k, v in _smem_types(plan)._asdict().items() if v is not None},
-        grid=(plan.num_ctas,),
+        grid=(plan.tiles.num_ctas,),
         grid_names=("cta",),
         kernel_name="fp8_quantize_blocks",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

@@ -39,9 +39,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import fp8
-from pallas_kernels.flash_attention.sm90_columns_fp8 import TILE_ROWS, round_saturating, smem_tile
+from pallas_kernels.flash_attention.sm90_columns_fp8 import TILE_ROWS, round_saturating
 from pallas_kernels.flash_attention.sm90_quantize_fp8 import Part, Quantized, inverse_scale
-from pallas_kernels.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, launcher, scratch_bytes
+from pallas_kernels.mosaic import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    ROWS,
+    launcher,
+    scratch_bytes,
+    smem_tile,
+)
 from pallas_kernels.numerics import E4M3_MAX
 from pallas_kernels.quantize.sm90_tiles import row_amax
 
