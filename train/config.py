@@ -95,9 +95,8 @@ class ModelConfig:
     """Gradient of the blocks' RMSNorms. mosaic: Hopper's Pallas kernel, which adds that of the
     residual connection; hidden sizes k * 1024 up to 4096. auto: mosaic where it can run."""
     rope_implementation: RopeImplementation = "auto"
-    """Rotary positions. mosaic: Hopper's Pallas kernel for their gradient, which also puts those of
-    q, k and v together; not with qk-norm. fused: inside the kernels that cast for FP8 attention; on
-    one GPU. auto: fused where it can run, else mosaic where that can."""
+    """Rotary positions. mosaic: Hopper's Pallas kernel for their gradient, which puts q, k and v
+    together; not with qk-norm. fused: in the kernels that cast for FP8 attention, on one GPU."""
     swiglu_implementation: KernelImplementation = "auto"
     """SwiGLU's activation and its gradient in 16 bits. mosaic: Hopper's Pallas kernels. Where
     kernels cast (--fp8.quantize-implementation) they quantise the activation as they compute it."""
@@ -146,8 +145,7 @@ class ModelConfig:
         )
         _require(
             self.rope_implementation not in ("mosaic", "fused") or not self.qk_norm,
-            f"--model.rope-implementation={self.rope_implementation} cannot run with"
-            " --model.qk-norm (its kernel ends at the projection); use auto or xla",
+            "--model.rope-implementation=mosaic or fused cannot run with --model.qk-norm; use auto",
         )
         _require(
             self.swiglu_implementation != "mosaic" or self.ffn_size % 128 == 0,
