@@ -154,8 +154,9 @@ def _attention_bwd(spec, residuals, dout):
     dlse = jnp.zeros(out.shape[:3], jnp.float32)  # there is no log-sum-exp
     gradients = fp8_quantize.quantize_gradients(inputs, statistics, out, dout, dlse, spec)
     interpret = is_interpreting()
-    dq, dk, dv = sm90_fp8.fp8_backward(inputs, gradients, ids, ids, spec, interpret=interpret)
-    dqkv = rope.rope_qkv_grad(dq, dk, dv, cos, sin)
+    sums = sm90_fp8.backward_sums(inputs, gradients, ids, ids, spec, interpret=interpret)
+    factor = gradients.dq_factor
+    dqkv = sm90_rope_fp8.finish_dqkv(sums, factor, cos, sin, spec, interpret=interpret)
     return dqkv, None, None, fp8_vjp.no_gradient(ids)
 
 

@@ -3,7 +3,8 @@
 For each row i of a head of x `[B, L, heads, H]`:   y_i = round16(x_i factor_i) M,   in 16 bits
 with the product on the tensor cores, accumulated in float32.
 
-A persistent CTA of one warpgroup walks through blocks of 64 rows, two CTAs share an SM:
+A persistent CTA of one warpgroup walks through blocks of 64 rows, two CTAs share an SM and fill its
+shared memory: factors are read from global memory, before the wait for their block.
 
   step                                           ordered by
   load of block i into its stage                 TMA -> `full`, one barrier per stage
@@ -62,11 +63,10 @@ class _Smem(NamedTuple):
     """Shared memory and barriers."""
 
     x: Any  # [stages, ROWS, H], float32
-    factor: Any  # [stages, ROWS], float32
     matrix: Any  # [H, H]
     y: Any  # [ROWS, H]
     operand: Any  # [ROWS, H], interpreter only
-    full: Any  # TMA -> this warpgroup, one per stage: x and factor
+    full: Any  # TMA -> this warpgroup, one per stage: x
     setup: Any  # TMA -> this warpgroup: M
 
 
@@ -75,11 +75,10 @@ def _smem_types(plan: Plan) -> _Smem:
     h = plan.shape[3]
     return _Smem(
         x=smem_tile((_STAGES, ROWS, h), jnp.float32),
-        factor=plgpu.SMEM((_STAGES, ROWS), jnp.float32),
         matrix=smem_tile((h, h), plan.dtype),
         y=smem_tile((ROWS, h), plan.dtype),
         operand=smem_tile((ROWS, h), plan.dtype) if plan.interpret else None,
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        full=plgpu.Barrier(num_barriers=_STAGES),
         setup=plgpu.Barrier(),
     )
 
@@ -94,10 +93,12 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
         batch, head, block = blocks.position(i)
         rows, full = pl.ds(block * ROWS, ROWS), smem.full.at[stage]
         plgpu.copy_gmem_to_smem(x_gmem.at[batch, rows, head], smem.x.at[stage], full)
-        plgpu.copy_gmem_to_smem(factor_gmem.at[batch, head, rows], smem.factor.at[stage], full)
 
-    def scaled_and_rotated(stage: Array) -> Array:
-        factor = plgpu.load(smem.factor.at[stage], layout=PER_ROW)
+    def scaled_and_rotated(i: Array, stage: Array) -> Array:
+        batch, head, block = blocks.position(i)
+        factor = factor_gmem.at[batch, head, pl.ds(block * ROWS, ROWS)]
+        factor = plgpu.load(factor, layout=PER_ROW, optimized=False)
+        plgpu.barrier_wait(smem.full.at[stage])
         x = plgpu.load(smem.x.at[stage], layout=MATRIX)
         operand = (x * lax.broadcast_in_dim(factor, x.shape, [0])).astype(plan.dtype)
         if plan.interpret:
@@ -112,8 +113,7 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
         return pl.run_scoped(product, plgpu.ACC((ROWS, plan.shape[3]), jnp.float32))
 
     def step(i: Array, stage: Array) -> None:
-        plgpu.barrier_wait(smem.full.at[stage])
-        y = scaled_and_rotated(stage).astype(plan.dtype)
+        y = scaled_and_rotated(i, stage).astype(plan.dtype)
         # The store of the block before has read the staging buffer.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem.y[...] = y

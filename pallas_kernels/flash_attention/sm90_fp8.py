@@ -203,20 +203,15 @@ def fp8_backward(
     """Implements `fp8_vjp.Kernels.fp8_backward`; `config` says how to cut the work, `interpret`
     runs it in the CPU interpreter.
     """
-    reason = _backward_unsupported_reason(spec)
-    if reason is not None:
-        raise NotImplementedError(f"precision='fp8' cannot be differentiated here: {reason}")
-    config = config or Fp8BackwardConfig()
-    plan = sm90_bwd_fp8_plan.Plan(spec=spec, config=config, interpret=interpret)
-    operands = backward_operands(inputs, gradients, q_segment_ids, kv_segment_ids, plan)
-    dq, dk, dv = sm90_bwd_fp8.launch(operands, plan=plan)
+    ids = q_segment_ids, kv_segment_ids
+    dq, dk, dv = backward_sums(inputs, gradients, *ids, spec, config=config, interpret=interpret)
     dk, dv = dk[:, : spec.key_length], dv[:, : spec.key_length]
     if spec.fp8.quantize_implementation == "mosaic" and spec.fp8.rotate:
-        factor = _pad_rows(gradients.dq_factor, dq.shape[1], 0.0)
+        factor = pad_rows(gradients.dq_factor, dq.shape[1], 0.0)
         dq = sm90_finish_fp8.scale_and_rotate(
             dq,
             factor,
-            _inverse_rotation(spec),
+            inverse_rotation(spec),
             dtype=spec.dtype,
             sm_count=sm90.sm_count(),
             interpret=interpret,
@@ -225,7 +220,27 @@ def fp8_backward(
     return fp8_quantize.finish_dq(dq[:, : spec.query_length], gradients, spec), dk, dv
 
 
-def _inverse_rotation(spec: AttentionSpec) -> Array:
+def backward_sums(
+    inputs: fp8.Inputs,
+    gradients: fp8.Gradients,
+    q_segment_ids: Array | None,
+    kv_segment_ids: Array | None,
+    spec: AttentionSpec,
+    *,
+    config: Fp8BackwardConfig | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """`fp8_backward` as its kernel leaves it: lengths are padded, and dq is the sums of dS' k'."""
+    reason = _backward_unsupported_reason(spec)
+    if reason is not None:
+        raise NotImplementedError(f"precision='fp8' cannot be differentiated here: {reason}")
+    config = config or Fp8BackwardConfig()
+    plan = sm90_bwd_fp8_plan.Plan(spec=spec, config=config, interpret=interpret)
+    operands = backward_operands(inputs, gradients, q_segment_ids, kv_segment_ids, plan)
+    return sm90_bwd_fp8.launch(operands, plan=plan)
+
+
+def inverse_rotation(spec: AttentionSpec) -> Array:
     """M^T."""
     return jnp.asarray(fp8.rotation(spec.head_dim).T, spec.dtype)
 
@@ -245,9 +260,9 @@ def backward_operands(
     dout, q_t, dout_t, k_t = _backward_factors(inputs, gradients, plan)
     factor = fp8.rows_of(fp8.exponent_factor(inputs, plan.spec), plan.spec.query_length)
     rows = [
-        _pad_rows(gradients.offset, length, fp8.NO_ROW),
-        _pad_rows(gradients.delta, length, 0.0),
-        _pad_rows(factor, length, 0.0),
+        pad_rows(gradients.offset, length, fp8.NO_ROW),
+        pad_rows(gradients.delta, length, 0.0),
+        pad_rows(factor, length, 0.0),
     ]
     first_key = _first_key(inputs, length)
     rows = jnp.stack(rows if first_key is None else [*rows, first_key], axis=2)
@@ -274,7 +289,7 @@ def backward_operands(
         rows=rows,
         scalars=scalars,
         block_ranges=ranges,
-        matrix=_inverse_rotation(plan.spec) if plan.spec.fp8.rotate else None,
+        matrix=inverse_rotation(plan.spec) if plan.spec.fp8.rotate else None,
         q_ids=ids[0],
         kv_ids=ids[1],
         turns=turns_of(plan, ranges) if plan.takes_turns else None,
@@ -284,7 +299,7 @@ def backward_operands(
 def _first_key(inputs: fp8.Inputs, length: int) -> Array | None:
     """`Inputs.first_key`, padded."""
     first_key = inputs.first_key
-    return None if first_key is None else _pad_rows(first_key, length, 0.0)
+    return None if first_key is None else pad_rows(first_key, length, 0.0)
 
 
 def _backward_factors(
@@ -385,7 +400,7 @@ def _pad(x: Array, length: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
 
 
-def _pad_rows(x: Array, length: int, value: float) -> Array:
+def pad_rows(x: Array, length: int, value: float) -> Array:
     """Appends `value` to `[B, N, length]`."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), constant_values=value)
 

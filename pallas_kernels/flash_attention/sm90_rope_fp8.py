@@ -14,6 +14,7 @@ from pallas_kernels.flash_attention import (
     fp8_quantize,
     sm90_fp8,
     sm90_quantize_fp8,
+    sm90_rope_finish_fp8,
     sm90_rope_quantize_fp8,
 )
 from pallas_kernels.flash_attention.config import AttentionSpec
@@ -95,3 +96,38 @@ def quantize_qkv(
     k = run(None if mean is None else sm90_fp8.rotated(mean, spec), part=k_part)
     v = sm90_quantize_fp8.quantize(x, None, None, part=v_part, writes_columns=True, **options)
     return sm90_fp8.inputs_of(q, k, v, mean, spec)
+
+
+def finish_dqkv(
+    sums: tuple[Array, Array, Array],
+    factor: Array,
+    cos: Array,
+    sin: Array,
+    spec: AttentionSpec,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """The gradient of the projection, `[B, T, K (g + 2) H]`.
+
+    Args:
+      sums: of `sm90_fp8.backward_sums`.
+      factor: `fp8.Gradients.dq_factor`.
+      cos: float32 `[B, T, 1, H / 2]`.
+      sin: like cos.
+      spec: what was computed.
+      interpret: run in the CPU interpreter.
+    """
+    dq, dk, dv = sums
+    matrix = sm90_fp8.inverse_rotation(spec) if spec.fp8.rotate else jnp.eye(spec.head_dim)
+    dqkv = sm90_rope_finish_fp8.rope_finish(
+        dq,
+        sm90_fp8.pad_rows(factor, dq.shape[1], 0.0),
+        dk,
+        dv,
+        cos[:, :, 0],
+        sin[:, :, 0],
+        jnp.asarray(matrix, dk.dtype),
+        sm_count=sm_count(),
+        interpret=interpret,
+    )
+    return dqkv.reshape(*dqkv.shape[:2], -1)

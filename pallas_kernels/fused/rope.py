@@ -122,14 +122,9 @@ def _rope_mosaic_fwd(qkv: Array, cos: Array, sin: Array, num_kv_heads: int, head
 
 
 def _rope_mosaic_bwd(num_kv_heads: int, head_dim: int, angles, grads):
-    del num_kv_heads, head_dim
-    return rope_qkv_grad(*grads, *angles), None, None
-
-
-def rope_qkv_grad(dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> Array:
-    """The gradient of qkv from those of q, k and v of `rope_qkv`, by the kernel."""
-    batch, length, _, head_dim = dq.shape
-    rows = [x.reshape(batch * length, -1) for x in (dq, dk, dv, cos, sin)]
+    del num_kv_heads
+    batch, length, *_ = grads[0].shape
+    rows = [x.reshape(batch * length, -1) for x in (*grads, *angles)]
     group = rows[0].shape[1] // rows[1].shape[1]
     (dqkv,) = per_device(
         functools.partial(_launch, head_dim),
@@ -139,7 +134,7 @@ def rope_qkv_grad(dq: Array, dk: Array, dv: Array, cos: Array, sin: Array) -> Ar
         widths=(group, 1, 1, None, None),
         result_width=group + 2,
     )
-    return dqkv.reshape(batch, length, -1)
+    return dqkv.reshape(batch, length, -1), None, None
 
 
 _rope_mosaic.defvjp(_rope_mosaic_fwd, _rope_mosaic_bwd)
