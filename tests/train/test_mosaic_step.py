@@ -81,3 +81,20 @@ def test_each_tensor_is_cast_once(options, casts):
         step, *shapes = step_and_shapes(*options)
         lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert kernel_launches(lowered.as_text()) == casts
+
+
+def test_a_fused_rotation_is_one_kernel_less_and_knows_no_q_k_and_v():
+    fp8_attention = ("--fp8.recipe", "bf16", "--model.attention-precision", "fp8")
+    texts = []
+    for implementation in ("mosaic", "fused"):
+        with hardware.assume_device_kind("NVIDIA H200"):
+            step, *shapes = step_and_shapes(
+                *fp8_attention, "--model.rope-implementation", implementation
+            )
+            lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cuda",))
+        texts.append(lowered.as_text())
+    apart, fused = map(kernel_launches, texts)
+    assert fused == apart - 1  # the gradient's; the forward rotation is XLA's
+    # Keys that are rotated: all of them, or every fourth for their mean, and the first.
+    rotated = [re.findall(r"tensor<2x(\d+)x4x128xf32>", text) for text in texts]
+    assert {*rotated[0]} >= {"2048"} and {*rotated[1]} == {"512", "1"}
