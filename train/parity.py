@@ -125,9 +125,9 @@ class Arm:
         except MetricsError:
             return None
 
-    def is_complete(self) -> bool:
-        """Whether it has done all its steps, validation included."""
-        metrics, config = self.metrics(), self.config
+    def is_complete(self, metrics: Metrics | None) -> bool:
+        """Whether it has done all its steps, validation included, by its `metrics()`."""
+        config = self.config
         if metrics is None or metrics.train[-1]["step"] < config.run.steps:
             return False
         if not config.log.validate_every:
@@ -240,7 +240,7 @@ class _Comparison:
     def execute(self) -> int:
         for number, arm in enumerate(self.arms, start=1):
             title = f"arm {number} of {len(self.arms)}, {arm.name}"
-            if arm.is_complete():
+            if arm.is_complete(arm.metrics()):
                 # A finished run of another experiment must not pass for this one.
                 compare_config(arm.directory / CONFIG_FILE, arm.config)
                 self._require_same_start(arm)
@@ -305,10 +305,11 @@ class _Comparison:
         """Writes parity.json and parity.png from what there is; returns the result."""
         options = self.options
         options.output.mkdir(parents=True, exist_ok=True)
-        result = summarize(self.arms, self.overrides, self.failed)
+        metrics = {arm.name: arm.metrics() for arm in self.arms}
+        result = summarize(self.arms, metrics, self.overrides, self.failed)
         text = json.dumps(result, indent=1, allow_nan=False)
         atomic_write(options.output / "parity.json", text + "\n")
-        self._draw([arm for arm in self.arms if arm.metrics() is not None and not arm.is_repeat])
+        self._draw([arm for arm in self.arms if metrics[arm.name] and not arm.is_repeat])
         return result
 
     def _draw(self, begun: Sequence[Arm]) -> None:
@@ -349,12 +350,16 @@ def _differences_at_start(first: Arm, arm: Arm) -> Iterator[str]:
 
 
 def summarize(
-    arms: Sequence[Arm], overrides: Sequence[str], failed: dict[str, int]
+    arms: Sequence[Arm],
+    measured: dict[str, Metrics | None],
+    overrides: Sequence[str],
+    failed: dict[str, int],
 ) -> dict[str, Any]:
     """The result of a comparison, finished or not, JSON-able.
 
     Args:
       arms: from `make_arms`; the first is the reference.
+      measured: the `metrics()` of each, by name.
       overrides: options that every arm got.
       failed: name -> exit code of the runs that cannot go on; the verdict on theirs is "fail".
     """
@@ -362,7 +367,7 @@ def summarize(
     references = {arm.seed: arm for arm in reversed(arms) if arm.stem == reference.stem}
     rows = []
     for arm in arms:
-        metrics, other = arm.metrics(), references[arm.seed]
+        metrics, other = measured[arm.name], references[arm.seed]
         if arm.stem == reference.stem:
             other = reference
         row: dict[str, Any] = {
@@ -370,17 +375,17 @@ def summarize(
             "config": arm.arguments[1],
             "seed": arm.seed,
             "differs_in": {n: [a, b] for n, a, b in differences(reference.config, arm.config)},
-            "is_complete": arm.is_complete(),
+            "is_complete": arm.is_complete(metrics),
             "versions": _versions(arm.directory),
             **(describe_run(metrics) if metrics else {}),
         }
         if arm is not reference:
-            row |= {"compared_with": other.name} | pair_gaps(metrics, other.metrics())
+            row |= {"compared_with": other.name} | pair_gaps(metrics, measured[other.name])
         if arm.name in failed:
             row |= {"exit_code": failed[arm.name]}
         rows.append(row)
     stems = list(dict.fromkeys(arm.stem for arm in arms[1:] if arm.stem != reference.stem))
-    compared = [_compare(stem, arms, failed) for stem in stems]
+    compared = [_compare(stem, arms, measured, failed) for stem in stems]
     return {
         "verdict": overall([row["verdict"] for row in compared]),
         "tolerance_relative": TOLERANCE,
@@ -392,26 +397,30 @@ def summarize(
     }
 
 
-def _compare(stem: str, arms: Sequence[Arm], failed: dict[str, int]) -> dict[str, Any]:
+def _compare(
+    stem: str,
+    arms: Sequence[Arm],
+    measured: dict[str, Metrics | None],
+    failed: dict[str, int],
+) -> dict[str, Any]:
     """The verdict on all the runs of one config."""
     first = arms[0]
     references = [arm for arm in arms if arm.stem == first.stem and not arm.is_repeat]
     repeats = [first] + [arm for arm in arms if arm.is_repeat]
     own = [arm for arm in arms if arm.stem == stem]
-    metrics = {arm.name: arm.metrics() for arm in (*own, *references, *repeats)}
     pairs = [
         (run, reference)
         for arm in own
         for other in references
         if other.seed == arm.seed
-        and (run := metrics[arm.name]) is not None
-        and (reference := metrics[other.name]) is not None
+        and (run := measured[arm.name]) is not None
+        and (reference := measured[other.name]) is not None
     ]
     result = judge(
         pairs,
-        seeds=[m for arm in references if (m := metrics[arm.name]) is not None],
-        repeats=[m for arm in repeats if (m := metrics[arm.name]) is not None],
-        is_complete=all(arm.is_complete() for arm in (*own, *references, *repeats)),
+        seeds=[m for arm in references if (m := measured[arm.name]) is not None],
+        repeats=[m for arm in repeats if (m := measured[arm.name]) is not None],
+        is_complete=all(a.is_complete(measured[a.name]) for a in (*own, *references, *repeats)),
     )
     broken = [arm.name for arm in (*own, *references, *repeats) if arm.name in failed]
     if broken:
