@@ -83,6 +83,9 @@ class ModelConfig:
     """RMSNorm on each query and key head before the rotation (arXiv:2010.04245)."""
     tie_embeddings: bool = False
     """Use the embedding as output head too."""
+    embedding_multiplier: float = 50.0
+    """The blocks read the embedding times this, which begins with variance 1: the larger it is, the
+    faster embeddings are learnt. 1 as in Llama."""
     local_window_size: int = 0
     """Attend to this many previous positions only; 0 means all."""
     attention_precision: AttentionPrecision = "bf16"
@@ -151,6 +154,10 @@ class ModelConfig:
             self.swiglu_implementation != "mosaic" or self.ffn_size % 128 == 0,
             f"--model.ffn-size={self.ffn_size} must be a multiple of 128 for"
             f" --model.swiglu-implementation={self.swiglu_implementation}; change it, or use auto",
+        )
+        _require(
+            math.isfinite(self.embedding_multiplier) and self.embedding_multiplier > 0,
+            f"--model.embedding-multiplier={self.embedding_multiplier} must be positive and finite",
         )
         _require(self.rope_theta > 0, f"--model.rope-theta={self.rope_theta} must be positive")
         _require(self.norm_eps > 0, f"--model.norm-eps={self.norm_eps} must be positive")

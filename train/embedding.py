@@ -22,33 +22,37 @@ import jax.numpy as jnp
 _CHUNK = 128
 
 
-def embed(table: jax.Array, ids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows of `table`.
+def embed(
+    table: jax.Array, ids: jax.Array, dtype: jax.typing.DTypeLike, *, multiplier: float = 1.0
+) -> jax.Array:
+    """Rows of `table` times `multiplier`, rounded once.
 
     Args:
       table: float32 [V, D].
       ids: int32 of any shape, in [0, V).
       dtype: of the result; the gradient arrives in it.
+      multiplier: of the rows.
 
     Returns: `dtype` [*ids.shape, D].
     """
-    return _embed(table, ids, jnp.dtype(dtype))
+    return _embed(table, ids, jnp.dtype(dtype), multiplier)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _embed(table, ids, dtype):
-    return jnp.take(table, ids, axis=0).astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _embed(table, ids, dtype, multiplier):
+    return (jnp.take(table, ids, axis=0) * multiplier).astype(dtype)
 
 
-def _embed_fwd(table, ids, dtype):
+def _embed_fwd(table, ids, dtype, multiplier):
     # An array without elements carries the number of rows.
-    return _embed(table, ids, dtype), (ids, table[:, :0])
+    return _embed(table, ids, dtype, multiplier), (ids, table[:, :0])
 
 
-def _embed_bwd(dtype, residuals, grad):
+def _embed_bwd(dtype, multiplier, residuals, grad):
     del dtype
     ids, rows = residuals
-    return sum_rows(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), len(rows)), None
+    grads = sum_rows(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), len(rows))
+    return multiplier * grads, None
 
 
 _embed.defvjp(_embed_fwd, _embed_bwd)

@@ -169,6 +169,7 @@ class _Run:
         return {
             "tokenizer_hash": self.dataset.summary["tokenizer_hash"],
             "vocab_size": self.config.model.vocab_size,
+            "embedding_multiplier": self.config.model.embedding_multiplier,
         }
 
     def _train(self, state: TrainState, interrupt: Interrupt) -> TrainState:

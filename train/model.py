@@ -340,7 +340,8 @@ class Transformer(nnx.Module):
           segment_ids: int32 [B, T], equal inside one document; None lets every token see all before
             it.
         """
-        x = embed(self.embedding[...], tokens, COMPUTE_DTYPE)
+        multiplier = self.config.embedding_multiplier
+        x = embed(self.embedding[...], tokens, COMPUTE_DTYPE, multiplier=multiplier)
         angles = rotary_angles(positions, self.config.resolved_head_dim, self.config.rope_theta)
         return self.final_norm(self._apply_blocks(x, angles, segment_ids))
 
@@ -421,15 +422,17 @@ def _kernel_stds(config: ModelConfig) -> tuple[float, float]:
 def _embedding_std_and_gain(config: ModelConfig) -> tuple[float, float]:
     """Standard deviation of the embeddings, and gain of the final norm.
 
-    With 1 the residual stream is large beside what the blocks add to it, and the norms do not
-    multiply gradients by the inverse of a small embedding ("Spike No More", Takase et al. 2023,
-    arXiv:2312.16903, who scale embeddings to it).
+    Times the multiplier the former is 1: the residual stream is large beside what the blocks add to
+    it, and the norms do not amplify gradients, as they do behind small embeddings ("Spike No More",
+    Takase et al. 2023, arXiv:2312.16903). But the embedding itself has to be small: Adam moves any
+    parameter by about the learning rate in a step, so that at 3e-4 one of 1 stays what it was drawn
+    as for a thousand steps.
 
     A tied embedding has to be as small as a head. The stream of a token begins as its embedding,
     so its logit for itself is gain * std * D: the gain makes that half of ln V, which leaves the
     loss at ln V. With a gain of 1 it would be tens of nats in a wide model.
     """
     if not config.tie_embeddings:
-        return 1.0, 1.0
+        return 1 / config.embedding_multiplier, 1.0
     std = _kernel_stds(config)[0]
     return std, min(1.0, math.log(config.vocab_size) / (2 * std * config.hidden_size))

@@ -59,7 +59,8 @@ def restore_run(directory: Path) -> tuple[TrainConfig, Restored]:
     report = lambda line: print(line, file=sys.stderr)  # noqa: E731
     folder = directory / "checkpoints"
     with Checkpointer(folder, config.checkpoint, report=report) as checkpointer:
-        restored = checkpointer.restore_newest(state, is_partial=True)
+        wanted = {"embedding_multiplier": config.model.embedding_multiplier}
+        restored = checkpointer.restore_newest(state, wanted, is_partial=True)
     if restored is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     return config, restored

@@ -108,6 +108,8 @@ BAD = [
     (["--fp8.recipe", "fp4"], "delayed"),
     (["--model.num-heads", "6", "--model.num-kv-heads", "4"], "multiple of"),
     (["--model.hidden-size", "130"], "--model.hidden-size=130"),
+    (["--model.embedding-multiplier", "-1"], "--model.embedding-multiplier=-1.0 must be positive"),
+    (["--model.embedding-multiplier", "nan"], "--model.embedding-multiplier=nan must be positive"),
     (["--model.head-dim", "33"], "even"),
     (["--model.ffn-size", "200"], "--fp8.recipe bf16"),
     (["--model.head-dim", "6", "--model.num-kv-heads", "1"], "multiple of 16"),

@@ -55,7 +55,8 @@ def test_gradient_is_the_sum_over_the_tokens(seed):
     rng = np.random.default_rng(seed)
     ids = rng.choice(V, size=(4, 75), p=rng.dirichlet(np.full(V, 0.2)))
     table, grad = rng.normal(size=(V, D)), rng.normal(size=(4, 75, D))
-    out, pullback = jax.vjp(lambda t: embed(t, jnp.int32(ids), jnp.float32), jnp.float32(table))
-    np.testing.assert_array_equal(out, np.float32(table)[ids])
-    expected = expected_sum(grad.reshape(-1, D), ids.reshape(-1))
-    np.testing.assert_allclose(pullback(jnp.float32(grad))[0], expected, atol=1e-4)
+    run = lambda t: embed(t, jnp.int32(ids), jnp.float32, multiplier=3)  # noqa: E731
+    out, pullback = jax.vjp(run, jnp.float32(table))
+    np.testing.assert_array_equal(out, 3 * np.float32(table)[ids])
+    expected = 3 * expected_sum(grad.reshape(-1, D), ids.reshape(-1))
+    np.testing.assert_allclose(pullback(jnp.float32(grad))[0], expected, atol=3e-4)

@@ -52,7 +52,7 @@ def reference(params, tokens, positions, segments):
     config = CONFIG
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.resolved_head_dim
     group, pair = heads // kv_heads, 64
-    x = params["embedding"][tokens]
+    x = config.embedding_multiplier * params["embedding"][tokens]
     for i in range(config.num_layers):
         block = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
         y = norm(x, block["attention_norm"]["weight"], config.norm_eps)
@@ -177,7 +177,7 @@ def test_skipped_layer_has_no_scaling_state():
 
 
 def test_initial_weights():
-    """Embeddings 1, head and kernels sqrt(2 / 5D), but `out` and `down` over sqrt(2 layers)."""
+    """Embeddings 1 / 50, kernels and head sqrt(2 / 5D), `out` and `down` over sqrt(2 layers)."""
     config = ModelConfig(
         hidden_size=160, num_layers=8, ffn_size=320, num_heads=4, num_kv_heads=2, vocab_size=512
     )
@@ -187,10 +187,21 @@ def test_initial_weights():
     kernels |= {name: blocks["attention"][name]["kernel"] for name in ("qkv", "out")}
     kernels |= {name: blocks["ffn"][name]["kernel"] for name in ("gate_up", "down")}
     assert {name: float(kernel.std()) for name, kernel in kernels.items()} == {
-        "embedding": pytest.approx(1, rel=0.02),
+        "embedding": pytest.approx(0.02, rel=0.02),
         **{name: pytest.approx(0.05, rel=0.02) for name in ("head", "qkv", "gate_up")},
         **{name: pytest.approx(0.0125, rel=0.02) for name in ("out", "down")},
     }
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 4.0])
+def test_embeddings_times_a_multiplier_begin_with_variance_one(multiplier):
+    model = make(dataclasses.replace(CONFIG, embedding_multiplier=multiplier))
+    assert float(model.embedding[...].std()) == pytest.approx(1 / multiplier, rel=0.05)
+    seen = []
+    model._apply_blocks = lambda x, *_: seen.append(x) or x
+    model(jnp.arange(16)[None], jnp.arange(16)[None], None)
+    want = multiplier * np.asarray(model.embedding[:16], np.float32)
+    np.testing.assert_allclose(np.float32(seen[0][0]), want, rtol=2**-8)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -221,4 +232,5 @@ def test_first_loss_and_gradient(tied):
     assert value == pytest.approx(np.log(1024) + 0.2 * (not tied), abs=0.1)
     assert float(np.sqrt(sum(x * x for x in norm.values()))) < 3, norm
     if not tied:
-        assert norm["embedding"] < norm["head"]
+        # With respect to what the blocks read, the multiplier left out.
+        assert norm["embedding"] / config.embedding_multiplier < norm["head"]
