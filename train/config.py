@@ -111,14 +111,8 @@ class ModelConfig:
     whole blocks."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "num_layers",
-            "ffn_size",
-            "num_heads",
-            "num_kv_heads",
-            "vocab_size",
-        ):
+        sizes = "hidden_size", "num_layers", "ffn_size", "num_heads", "num_kv_heads", "vocab_size"
+        for name in sizes:
             value = getattr(self, name)
             _require(value >= 1, f"--model.{name.replace('_', '-')}={value} must be at least 1")
         _require(
@@ -155,12 +149,9 @@ class ModelConfig:
             f"--model.ffn-size={self.ffn_size} must be a multiple of 128 for"
             f" --model.swiglu-implementation={self.swiglu_implementation}; change it, or use auto",
         )
-        _require(
-            math.isfinite(self.embedding_multiplier) and self.embedding_multiplier > 0,
-            f"--model.embedding-multiplier={self.embedding_multiplier} must be positive and finite",
-        )
-        _require(self.rope_theta > 0, f"--model.rope-theta={self.rope_theta} must be positive")
-        _require(self.norm_eps > 0, f"--model.norm-eps={self.norm_eps} must be positive")
+        for name in ("embedding_multiplier", "rope_theta", "norm_eps"):
+            value, option = getattr(self, name), f"--model.{name.replace('_', '-')}"
+            _require(0 < value < math.inf, f"{option}={value} must be positive and finite")
 
     @property
     def resolved_head_dim(self) -> int:
