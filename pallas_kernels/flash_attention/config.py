@@ -141,9 +141,9 @@ class BackwardConfig:
     overlap: bool = True
     """Exponentials run while a product of the same warpgroup is in flight; needs more registers."""
     late_dq: bool = False
-    """dQ of a block is computed with dP of the next one: no warpgroup waits for the other's dS, and
-    exponentials run beside dK, dS beside dV. Instead of `overlap`; not for a fixed order.
-    """
+    """dQ of a block is computed with dV of the next one, so that no warpgroup waits for the other's
+    dS. Exponentials run beside dK and the copies of dQ beside dV; a warpgroup's dS runs beside no
+    product of its own. Instead of `overlap`; not for a fixed order."""
     split_channels: bool = False
     """The compute warpgroups share 64 keys and halve the channels, instead of 64 keys each."""
     heads_per_section: int = 0
