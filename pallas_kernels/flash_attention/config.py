@@ -146,12 +146,6 @@ class BackwardConfig:
     product of its own. Instead of `overlap`; not for a fixed order."""
     split_channels: bool = False
     """The compute warpgroups share 64 keys and halve the channels, instead of 64 keys each."""
-    heads_per_section: int = 0
-    """Key/value heads of all batch rows whose tiles are dealt out together; 0: all of them.
-
-    Few heads at a time stay in L2; many balance the tiles of a causal mask, and wait less for each
-    other in the deterministic mode.
-    """
 
     def __post_init__(self) -> None:
         if self.block_q not in (64, 128):
@@ -166,10 +160,6 @@ class BackwardConfig:
         for name in ("num_q_stages", "num_do_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"self.{name}={getattr(self, name)} must be at least 1")
-        if self.heads_per_section < 0:
-            raise ValueError(
-                f"{self.heads_per_section=} must be positive, or 0 for all heads together"
-            )
 
     @property
     def compute_warpgroups(self) -> int:

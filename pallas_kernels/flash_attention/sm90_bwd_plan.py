@@ -75,13 +75,6 @@ class Plan:
         return self.spec.num_heads // self.spec.num_kv_heads
 
     @property
-    def heads_per_section(self) -> int:
-        """(batch, key/value head) pairs whose tiles are dealt out together; a divisor of all."""
-        heads = self.spec.batch_size * self.spec.num_kv_heads
-        wanted = self.config.heads_per_section or heads
-        return next(n for n in range(min(wanted, heads), 0, -1) if heads % n == 0)
-
-    @property
     def padded_query_length(self) -> int:
         """T rounded up to whole blocks."""
         return self.num_q_blocks * self.config.block_q
@@ -247,16 +240,18 @@ class QueryRange(NamedTuple):
 
 
 def tile_of(plan: Plan, index: Array) -> Tile:
-    """Maps the index of a tile to its coordinates: section by section, first keys first.
+    """Maps the index of a tile to its coordinates: the first keys of all heads first.
 
     Under a causal mask the first keys are seen by the most queries, so the longest tiles go first.
     The deterministic mode relies on the order: a tile waits only for tiles with a smaller index.
     """
-    heads = plan.heads_per_section
-    section, rest = divmod_int32(index, heads * plan.num_kv_tiles)
-    kv_tile, head = divmod_int32(rest, heads)
-    batch, head = divmod_int32(section * heads + head, plan.spec.num_kv_heads)
-    return Tile(batch, head, kv_tile)
+    if plan.group == 1:
+        # It is less anyway. But ptxas, short of registers, spills without this remainder, and for
+        # groups of query heads with it.
+        index = lax.rem(index, jnp.int32(plan.num_tiles))
+    row, kv_head = divmod_int32(index, plan.spec.num_kv_heads)
+    kv_tile, batch = divmod_int32(row, plan.spec.batch_size)
+    return Tile(batch, kv_head, kv_tile)
 
 
 def query_range_of(plan: Plan, inputs: Inputs, tile: Tile) -> QueryRange:

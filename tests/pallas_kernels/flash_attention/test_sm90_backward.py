@@ -260,8 +260,7 @@ def test_schedule_visits_what_is_seen_and_turns_count_the_tiles_before(case):
 
 
 def test_tiles_wait_only_for_tiles_with_a_smaller_index():
-    plan = plan_of(Case(name="x", b=3, t=512, s=512, n=4, k=4), BackwardConfig(heads_per_section=5))
-    assert plan.heads_per_section == 4, "the largest divisor of 12 up to 5"
+    plan = plan_of(Case(name="x", b=3, t=512, s=512, n=4, k=4))
     tiles = [sm90_bwd_plan.tile_of(plan, jnp.int32(i)) for i in range(plan.num_tiles)]
     tiles = [tuple(map(int, tile)) for tile in tiles]
     assert len(set(tiles)) == plan.num_tiles == 3 * 4 * 4
@@ -315,7 +314,6 @@ def test_shared_memory_of_the_default_config_by_hand():
         (dict(block_q=128, split_channels=True), "block_q=128 must be 64 with split_channels"),
         (dict(num_q_stages=0), "num_q_stages=0 must be at least 1"),
         (dict(num_do_stages=0), "num_do_stages=0 must be at least 1"),
-        (dict(heads_per_section=-1), "heads_per_section=-1 must be positive"),
     ],
 )
 def test_config_rejects(options, message):
