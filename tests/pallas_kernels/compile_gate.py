@@ -1,11 +1,13 @@
 """Compiles kernels for sm_90a without a GPU, and reads what ptxas says about them."""
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Importing the dialect sets MOSAIC_GPU_CUDA_ROOT, so it must come before `ptxas_report` does.
@@ -25,19 +27,13 @@ class PtxasReport:
 
 def ptxas_report(function: Callable[..., Any], *args: Any) -> PtxasReport:
     """Compiles a jittable function whose arguments are shapes, and returns ptxas's report."""
-    with tempfile.TemporaryDirectory() as folder:
-        saved = {name: os.environ.get(name) for name in _SETTINGS}
-        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(aot.cuda_data_dir())
-        try:
+    # MOSAIC_GPU_DUMP_TO would write every pass of the compiler too, and take as long again.
+    settings = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_CUDA_ROOT=str(aot.cuda_data_dir()))
+    with tempfile.TemporaryFile("w+") as printed:
+        with _environment(settings), _stdout_to(printed.fileno()):
             aot.compile_for_h200(function, *args)
-        finally:
-            for name, value in saved.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-        text = "".join(path.read_text() for path in Path(folder).glob("*.ptxas"))
+        printed.seek(0)
+        text = printed.read()
     assert "Used" in text, "ptxas compiled no kernel"
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     # C7519 says that ptxas added a fence (harmless); every other C75xx serialises wgmmas.
@@ -45,4 +41,35 @@ def ptxas_report(function: Callable[..., Any], *args: Any) -> PtxasReport:
     return PtxasReport(sum(int(x) for pair in spills for x in pair), warnings, text)
 
 
-_SETTINGS = ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_CUDA_ROOT")
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for a while."""
+    saved = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _stdout_to(file: int) -> Iterator[None]:
+    """Sends what the process prints to a file descriptor: Mosaic's C++ knows no `sys.stdout`."""
+
+    def flush() -> None:
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)
+
+    flush()
+    stdout = os.dup(1)
+    os.dup2(file, 1)
+    try:
+        yield
+    finally:
+        flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
