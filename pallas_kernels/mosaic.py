@@ -156,6 +156,17 @@ def _saturate(x: Array, dtype: Any) -> Array:
     return jnp.clip(x, -largest, largest).astype(dtype)
 
 
+def divmod_traced(x: Array, divisor: Array) -> tuple[Array, Array]:
+    """Divides int32 by a number that the compiler does not know; -1 counts as 0 and rest -1.
+
+    Dozens of instructions fewer than a division of integers, and as exact for x below 2^21: the
+    quotient is half a divisor's inverse or more from any integer, more than float32 is off by.
+    """
+    inverse = 1 / divisor.astype(jnp.float32)
+    quotient = ((x.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)
+    return quotient, x - quotient * divisor
+
+
 def scratch_bytes(entries: Iterable[Any]) -> int:
     """Returns the shared memory of scratch buffers, unions and barriers; None costs nothing."""
 

@@ -27,7 +27,7 @@ from pallas_kernels.flash_attention.sm90_bwd_plan import (
     turn_of,
 )
 from pallas_kernels.flash_attention.sm90_isolation import fill_bad_rows, make_finite
-from pallas_kernels.mosaic import ROWS
+from pallas_kernels.mosaic import ROWS, divmod_traced
 
 
 class Loop(NamedTuple):
@@ -72,11 +72,8 @@ class Loop(NamedTuple):
         """Returns the query head of a step, and which of the head's blocks it is."""
         if self.plan.group == 1:
             return self.tile.kv_head, step
-        # A division of integers takes dozens of instructions. This one is exact: the quotient is
-        # half a block or more from any integer, far more than float32 is off by.
-        inverse = 1 / blocks.astype(jnp.float32)
-        head = ((step.astype(jnp.float32) + 0.5) * inverse).astype(jnp.int32)
-        return self.tile.kv_head * self.plan.group + head, step - head * blocks
+        head, position = divmod_traced(step, blocks)
+        return self.tile.kv_head * self.plan.group + head, position
 
     def needs_mask(self, step: Array) -> Array:
         """Returns whether some pair of a step's block is masked."""

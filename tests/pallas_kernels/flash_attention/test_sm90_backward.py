@@ -21,7 +21,7 @@ from tests.pallas_kernels.flash_attention.test_sm90_forward import BENCHMARK, ar
 GRADIENTS = ("dq", "dk", "dv")
 # Bytes; the report names each store and each load twice.
 SCALARS_OF_A_TILE = 256
-TWO_ADDRESSES = 32
+AN_ADDRESS = 16
 
 
 def gradients_of_twin(case, arrays):
@@ -174,10 +174,10 @@ def test_compiles_for_sm90a_without_spills_or_serialised_wgmmas(case, determinis
     with hardware.assume_device_kind("NVIDIA H200"):
         report = ptxas_of_backward(case, deterministic)
     # Head dim 256 keeps a few scalars of its tile on the stack, outside the loop over queries; four
-    # query heads to a key head under a mask, two addresses.
+    # query heads to a key head in a window, one address.
     allowed = SCALARS_OF_A_TILE if case.h == 256 and deterministic else 0
-    if case.name in ("128_causal_32_8", "128_window_32_8") and not deterministic:
-        allowed = TWO_ADDRESSES
+    if case.name == "128_window_32_8" and not deterministic:
+        allowed = AN_ADDRESS
     assert report.spilled_bytes <= allowed, report.text
     assert not report.serialised_wgmmas, report.text
 
@@ -208,16 +208,15 @@ def plan_of(case, config=BackwardConfig(), sm_count=4, deterministic=True):  # n
     return sm90_bwd_plan.Plan(spec=spec, config=config, sm_count=sm_count)
 
 
-@pytest.mark.parametrize("group", [2, 3, 7, 8, 64])
+@pytest.mark.parametrize("group", [1, 3])
 def test_steps_go_through_the_blocks_of_one_query_head_after_the_other(group):
     plan = plan_of(Case(name="x", b=1, t=64, s=64, n=3 * group, k=3, h=64))
     tile = sm90_bwd_plan.Tile(jnp.int32(0), jnp.int32(2), jnp.int32(0))
     loop = Loop(plan, None, None, None, None, tile, None, jnp.int32(0), None)
-    for blocks in (1, 2, 3, 5, 127, 128, 641, 1 << 14):
-        step = np.arange(blocks * group)
-        head, position = loop._head_and_position(jnp.asarray(step, jnp.int32), jnp.int32(blocks))
-        np.testing.assert_array_equal(head, 2 * group + step // blocks)
-        np.testing.assert_array_equal(position, step % blocks)
+    step = np.arange(5 * group)
+    head, position = loop._head_and_position(jnp.asarray(step, jnp.int32), jnp.int32(5))
+    np.testing.assert_array_equal(head, 2 * group + step // 5)
+    np.testing.assert_array_equal(position, step % 5)
 
 
 def visits(case, plan):

@@ -17,6 +17,7 @@ from pallas_kernels.flash_attention import (
     sm90_fp8,
 )
 from pallas_kernels.flash_attention.config import Fp8BackwardConfig
+from pallas_kernels.flash_attention.sm90_fwd_plan import BlockRange
 from tests.pallas_kernels.cases import Case
 from tests.pallas_kernels.compile_gate import ptxas_report
 from tests.pallas_kernels.flash_attention.test_sm90_fp8_forward import arguments, spec_of
@@ -161,6 +162,18 @@ def test_query_blocks_of_a_causal_mask_and_a_window_by_hand():
     case = dataclasses.replace(case, s=256, is_causal=False, window=(64, 0))
     ranges = sm90_fp8.query_block_ranges(sm90_bwd_fp8_plan.Plan(spec=spec_of(case)), None, None)
     np.testing.assert_array_equal(ranges[0, :, :2], [[0, 3], [2, 4]])
+
+
+@pytest.mark.parametrize("stagger", [0, 3])
+def test_steps_go_through_the_blocks_of_one_query_head_after_the_other(stagger):
+    case = Case(name="x", b=1, t=320, s=256, n=6, k=2, h=64)
+    plan = sm90_bwd_fp8_plan.Plan(spec=spec_of(case), config=Fp8BackwardConfig(stagger=stagger))
+    zero, two, five = jnp.int32(0), jnp.int32(2), jnp.int32(5)
+    blocks = BlockRange(zero, five, zero, five)
+    tile = sm90_bwd_fp8_plan.Tile(plan, None, None, zero, two, two, blocks, None)
+    # 5 blocks of queries; the third tile begins 2 * stagger later.
+    want = [(head, (2 * stagger + i) % 5) for head in (6, 7, 8) for i in range(5)]
+    assert [tuple(map(int, tile.position(step))) for step in range(15)] == want
 
 
 def test_turns_of_a_window_by_hand():
