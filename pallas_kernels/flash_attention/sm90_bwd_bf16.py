@@ -64,34 +64,35 @@ from pallas_kernels.flash_attention.sm90_bwd_loop import (
     await_turn,
     clean_keys,
     dq_part_of,
+    first_key_of,
     load_queries,
+    mask,
     pass_turn,
-    pin,
 )
 from pallas_kernels.flash_attention.sm90_bwd_plan import (
     Inputs,
     Outputs,
     Plan,
     Scratch,
-    Tile,
     query_range_of,
     scratch_types,
     tile_of,
 )
+from pallas_kernels.flash_attention.sm90_fwd_loop import pin
 from pallas_kernels.flash_attention.sm90_fwd_plan import cta_tiles
-from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, keep_columns, keep_equal, launcher
+from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, launcher
 from pallas_kernels.numerics import LOG2E
 
 
-def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, turns: Any) -> None:
+def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, counters: Any) -> None:
     """Loads K and V of each tile, then its blocks of Q and dO, as their buffers become free."""
     count, index = cta_tiles(plan)
     block_kv = plan.config.block_kv
 
     def load_tile(i: Array, first_step: Array) -> Array:
         tile = tile_of(plan, index(i))
-        queries = query_range_of(plan, inputs, tile)
-        loop = Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, None)
+        blocks = query_range_of(plan, inputs, tile)
+        loop = Loop(plan, inputs, outputs, scratch, counters, tile, blocks, first_step, None)
         keys = pl.ds(tile.kv_tile * block_kv, block_kv)
         plgpu.barrier_wait(scratch.kv_free)
         for gmem, smem in ((inputs.k, scratch.k), (inputs.v, scratch.v)):
@@ -118,7 +119,7 @@ def _produce(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
             plgpu.barrier_wait(scratch.do_free.at[slot])
 
 
-def _compute(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, turns: Any) -> None:
+def _compute(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, counters: Any) -> None:
     """Computes dK and dV of each tile, and adds to dQ."""
     count, index = cta_tiles(plan)
     # All buffers start out free.
@@ -133,12 +134,12 @@ def _compute(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
         # descriptors ahead, and runs out of uniform registers.
         first_step = pin(plan, first_step)
         tile = tile_of(plan, index(i))
-        queries = query_range_of(plan, inputs, tile)
+        blocks = query_range_of(plan, inputs, tile)
         kv_ids = None
         if plan.spec.has_segments:
-            ids = inputs.kv_ids.at[tile.batch, pl.ds(_first_key(plan, tile), ROWS)]
+            ids = inputs.kv_ids.at[tile.batch, pl.ds(first_key_of(plan, tile), ROWS)]
             kv_ids = plgpu.load(ids, layout=PER_ROW, optimized=False)
-        loop = Loop(plan, inputs, outputs, scratch, turns, tile, queries, first_step, kv_ids)
+        loop = Loop(plan, inputs, outputs, scratch, counters, tile, blocks, first_step, kv_ids)
         accumulator = plgpu.ACC((ROWS, plan.channels), jnp.float32)
         plgpu.barrier_wait(scratch.kv_full)
         clean_keys(loop)
@@ -147,18 +148,12 @@ def _compute(plan: Plan, inputs: Inputs, outputs: Outputs, scratch: Scratch, tur
         # Working these out anew is cheaper than holding them in registers through the loop.
         i = pin(plan, i)
         tile = tile_of(plan, index(i))
-        loop = loop._replace(tile=tile, queries=query_range_of(plan, inputs, tile))
+        loop = loop._replace(tile=tile, blocks=query_range_of(plan, inputs, tile))
         _store(loop, dk, dv)
         return first_step + loop.num_steps
 
     lax.fori_loop(0, count, compute_tile, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _first_key(plan: Plan, tile: Tile) -> Array:
-    """Returns the first key of this warpgroup."""
-    first = tile.kv_tile * plan.config.block_kv
-    return first if plan.config.split_channels else first + lax.axis_index("wg") * ROWS
 
 
 def _meet_queries(loop: Loop, dk_acc: Any, dv_acc: Any) -> tuple[Array, Array]:
@@ -184,7 +179,7 @@ def _first_half(loop: Loop, dv_acc: Any, step: Array) -> Array:
 
     def s_alone(s_acc: Any) -> Array:
         _issue_s(loop, s_acc, step)
-        return _mask(loop, step, s_acc[...])
+        return mask(loop, step, s_acc[...])
 
     s = pl.run_scoped(s_alone, _block_type(loop.plan))
     return _dv_then_dp(loop, dv_acc, step, _probabilities(loop, step, s))
@@ -196,7 +191,7 @@ def _next_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) ->
 
     def s_and_mask(s_acc: Any) -> Array:
         _finish_block(loop, dk_acc, step - 1, ds, lambda: _issue_s(loop, s_acc, step))
-        return _mask(loop, step, s_acc[...])
+        return mask(loop, step, s_acc[...])
 
     # The mask comes before dP is started: both at once need too many registers.
     s = pl.run_scoped(s_and_mask, _block_type(plan))
@@ -227,7 +222,7 @@ def _late_block(loop: Loop, dk_acc: Any, dv_acc: Any, step: Array, ds: Array) ->
         _issue_s(loop, s_acc, step)
         _multiply(loop, dk_acc, ds, loop.own_channels(scratch.q.at[loop.q_slot(step - 1)]), 1)
         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-        return _mask(loop, step, s, has_branch=False)
+        return mask(loop, step, s, has_branch=False)
 
     s = pl.run_scoped(logits, _block_type(plan))
     p = pin(plan, pin(plan, _probabilities(loop, step, s)).astype(plan.spec.dtype))
@@ -365,48 +360,9 @@ def _probabilities(loop: Loop, step: Array, s: Array) -> Array:
     return jnp.exp2(s * scale - _columns(lse, s.shape))
 
 
-def _row_constant(value: int) -> Array:
-    """Returns `value` for each row."""
-    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.int32), PER_ROW)
-
-
 def _columns(x: Array, shape: tuple[int, ...]) -> Array:
     """Broadcasts one value per column to a matrix."""
     return lax.broadcast_in_dim(x, shape, [1])
-
-
-def _mask(loop: Loop, step: Array, s: Array, *, has_branch: bool = True) -> Array:
-    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any, but
-    not if a product is in flight, which a branch would make ptxas serialise.
-    """
-    plan, spec = loop.plan, loop.plan.spec
-    if not plan.isolates and not plan.is_ragged:
-        return s
-    _, block = loop.block(step)
-    first_query = block * plan.config.block_q
-
-    def masked() -> Array:
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
-        # Without the pin the bounds are worked out ahead, and held in registers.
-        key = row + pin(plan, _first_key(plan, loop.tile))
-        # Columns of this block: the queries that see the key of each row. Those past the end have
-        # lse = +inf, so their P is 0.
-        last = _row_constant(plan.config.block_q - 1)
-        if spec.band.left is not None:
-            last = key + (spec.band.left - first_query)
-        if plan.is_ragged or spec.band.is_full:
-            last = jnp.where(key < spec.key_length, last, -1)
-        first = None
-        if spec.band.right is not None:
-            first = key - (spec.band.right + first_query)
-        # Called even where it keeps all: Mosaic finds the layout of what follows through it.
-        seen = keep_columns(s, first, last, interpret=plan.interpret)
-        if loop.kv_ids is None:
-            return seen
-        q_ids = plgpu.load(loop.scratch.q_ids.at[loop.q_slot(step)], layout=PER_COLUMN)
-        return keep_equal(seen, loop.kv_ids, q_ids, interpret=plan.interpret)
-
-    return lax.cond(loop.needs_mask(step), masked, lambda: s) if has_branch else masked()
 
 
 def _store(loop: Loop, dk: Array, dv: Array) -> None:
@@ -414,7 +370,7 @@ def _store(loop: Loop, dk: Array, dv: Array) -> None:
     plan, tile = loop.plan, loop.tile
     _, (buffer,) = loop.scratch.staging
     buffer = buffer.at[lax.axis_index("wg")]
-    keys = pl.ds(_first_key(plan, tile), ROWS)
+    keys = pl.ds(first_key_of(plan, tile), ROWS)
     pass_turn(loop, loop.num_steps - 1)
     for value, target in ((dv, loop.outputs.dv), (dk * plan.spec.softmax_scale, loop.outputs.dk)):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -434,20 +390,20 @@ def _kernel(*refs: Any, plan: Plan, **scratch_refs: Any) -> None:
     dq, dk, dv = refs[num_inputs:]
     outputs = Outputs(dk, dv, dq)
     scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
-    turns = None
+    counters = None
     if plan.takes_turns and not plan.interpret:
-        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_turns,)))
+        counters = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.num_turns,)))
     wgs = plan.config.compute_warpgroups
 
     @pl.when(lax.axis_index("wg") == wgs)
     def _() -> None:
         plgpu.set_max_registers(plan.config.producer_registers, action="decrease")
-        _produce(plan, inputs, outputs, scratch, turns)
+        _produce(plan, inputs, outputs, scratch, counters)
 
     @pl.when(lax.axis_index("wg") < wgs)
     def _() -> None:
         plgpu.set_max_registers(plan.config.compute_registers, action="increase")
-        _compute(plan, inputs, outputs, scratch, turns)
+        _compute(plan, inputs, outputs, scratch, counters)
 
 
 @launcher("plan")

@@ -25,7 +25,7 @@ TILE_KV = 2 * ROWS
 """Keys of one CTA."""
 WARPGROUPS = 2
 """That compute, each for ROWS keys; one more loads."""
-TURN_SLOTS = 3
+NUM_TURN_BARRIERS = 3
 """Barriers of the deterministic mode: two steps are under way, and at the end the producer is one
 ahead."""
 
@@ -209,7 +209,7 @@ def scratch_types(plan: Plan) -> Scratch:
         ds_full=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=plan.num_ds_stages),
         ds_free=plgpu.Barrier(num_arrivals=plan.num_adders, num_barriers=plan.num_ds_stages),
         dq_sent=plgpu.Barrier() if plan.config.separate_dq else None,
-        turn=plgpu.Barrier(num_barriers=TURN_SLOTS) if plan.announces_turns else None,
+        turn=plgpu.Barrier(num_barriers=NUM_TURN_BARRIERS) if plan.announces_turns else None,
     )
 
 
@@ -258,6 +258,7 @@ class Tile(NamedTuple):
         step = jnp.asarray(step, jnp.int32)
         if self.plan.group == 1:
             return self.kv_head, self._block(step)
+        # Not `divmod_traced`, by whose inverse the 64 registers of `separate_dq` overflow.
         head = self.kv_head * self.plan.group + lax.div(step, self.num_blocks)
         return head, self._block(lax.rem(step, self.num_blocks))
 
@@ -299,7 +300,7 @@ class Tile(NamedTuple):
 
     def turn(self, step: Array) -> Any:
         """The barrier of a step's turn."""
-        return self.scratch.turn.at[lax.rem(step, jnp.int32(TURN_SLOTS))]
+        return self.scratch.turn.at[lax.rem(step, jnp.int32(NUM_TURN_BARRIERS))]
 
     def scalars(self) -> Scalars:
         """The numbers of this tile."""

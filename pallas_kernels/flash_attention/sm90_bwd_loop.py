@@ -1,5 +1,5 @@
 """Flash attention backward, SM90: what stays the same in the loop over queries, how queries arrive,
-and how dQ leaves.
+masks, and how dQ leaves.
 
 Split from `sm90_bwd_bf16`, whose text explains the warps and barriers.
 """
@@ -21,13 +21,14 @@ from pallas_kernels.flash_attention.sm90_bwd_plan import (
     Inputs,
     Outputs,
     Plan,
-    QueryRange,
     Scratch,
     Tile,
     turn_of,
 )
+from pallas_kernels.flash_attention.sm90_fwd_loop import pin, row_constant
+from pallas_kernels.flash_attention.sm90_fwd_plan import BlockRange
 from pallas_kernels.flash_attention.sm90_isolation import fill_bad_rows, make_finite
-from pallas_kernels.mosaic import ROWS, divmod_traced
+from pallas_kernels.mosaic import PER_COLUMN, PER_ROW, ROWS, divmod_traced, keep_columns, keep_equal
 
 
 class Loop(NamedTuple):
@@ -37,17 +38,17 @@ class Loop(NamedTuple):
     inputs: Inputs
     outputs: Outputs
     scratch: Scratch
-    turns: Any  # [B * N * num_q_blocks], semaphores: warpgroups that have added to dQ; None if
-    # nobody counts them: in any order, and in the interpreter, which runs the tiles in order
+    counters: Any  # [num_turns], semaphores: warpgroups that have added to dQ; None if nobody
+    # counts them: in any order, and in the interpreter, which runs the tiles in order
     tile: Tile
-    queries: QueryRange
+    blocks: BlockRange  # of queries
     first_step: Array  # blocks that this CTA has met before: numbers the stages
     kv_ids: Array | None  # [ROWS]
 
     @property
     def num_steps(self) -> Array:
         """Blocks of this tile over all heads of the group, at least 1."""
-        return (self.queries.stop - self.queries.start) * self.plan.group
+        return (self.blocks.stop - self.blocks.start) * self.plan.group
 
     def block(self, step: Array) -> tuple[Array, Array]:
         """Returns the query head and the block of queries of a step.
@@ -57,7 +58,7 @@ class Loop(NamedTuple):
         that add to the same block at the same time wait for each other: at its own diagonal, or,
         where all tiles see the same blocks, evenly spread.
         """
-        start, stop, _, _ = self.queries
+        start, stop, _, _ = self.blocks
         if self.plan.takes_turns:
             head, position = self._head_and_position(step, stop - start)
             return head, stop - 1 - position
@@ -78,7 +79,7 @@ class Loop(NamedTuple):
     def needs_mask(self, step: Array) -> Array:
         """Returns whether some pair of a step's block is masked."""
         _, block = self.block(step)
-        needs_mask = (block < self.queries.full_start) | (block >= self.queries.full_stop)
+        needs_mask = (block < self.blocks.full_start) | (block >= self.blocks.full_stop)
         if self.plan.is_ragged:
             needs_mask |= self.tile.kv_tile == self.plan.num_kv_tiles - 1
         return needs_mask
@@ -116,6 +117,12 @@ class Loop(NamedTuple):
             return x
         half = self.plan.spec.head_dim // 2
         return x.at[:, pl.ds(lax.axis_index("wg") * half, half)]
+
+
+def first_key_of(plan: Plan, tile: Tile) -> Array:
+    """Returns the first key of this warpgroup."""
+    first = tile.kv_tile * plan.config.block_kv
+    return first if plan.config.split_channels else first + lax.axis_index("wg") * ROWS
 
 
 def clean_keys(loop: Loop) -> None:
@@ -180,9 +187,38 @@ def _load_queries(loop: Loop, step: Array, is_checked: bool) -> None:
     check(do_smem, do_arrived, do_full)
 
 
-def pin(plan: Plan, x: Any) -> Any:
-    """Keeps the compiler from moving the computation of x past this point, or from merging it."""
-    return x if plan.interpret else lax.optimization_barrier(x)
+def mask(loop: Loop, step: Array, s: Array, *, has_branch: bool = True) -> Array:
+    """Sets the logits of pairs that may not see each other to -inf; skips blocks without any, but
+    not if a product is in flight, which a branch would make ptxas serialise.
+    """
+    plan, spec = loop.plan, loop.plan.spec
+    if not plan.isolates and not plan.is_ragged:
+        return s
+    _, block = loop.block(step)
+    first_query = block * plan.config.block_q
+
+    def masked() -> Array:
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+        # Without the pin the bounds are worked out ahead, and held in registers.
+        key = row + pin(plan, first_key_of(plan, loop.tile))
+        # Columns of this block: the queries that see the key of each row. Those past the end have
+        # lse = +inf, so their P is 0.
+        last = row_constant(plan.config.block_q - 1, jnp.int32)
+        if spec.band.left is not None:
+            last = key + (spec.band.left - first_query)
+        if plan.is_ragged or spec.band.is_full:
+            last = jnp.where(key < spec.key_length, last, -1)
+        first = None
+        if spec.band.right is not None:
+            first = key - (spec.band.right + first_query)
+        # Called even where it keeps all: Mosaic finds the layout of what follows through it.
+        seen = keep_columns(s, first, last, interpret=plan.interpret)
+        if loop.kv_ids is None:
+            return seen
+        q_ids = plgpu.load(loop.scratch.q_ids.at[loop.q_slot(step)], layout=PER_COLUMN)
+        return keep_equal(seen, loop.kv_ids, q_ids, interpret=plan.interpret)
+
+    return lax.cond(loop.needs_mask(step), masked, lambda: s) if has_branch else masked()
 
 
 def dq_part_of(plan: Plan, part: Array | int) -> tuple[Any, Any]:
@@ -235,13 +271,13 @@ def _turn_counter(loop: Loop, step: Array) -> Any:
     head, block = loop.block(step)
     row = loop.tile.batch * plan.spec.num_heads + head
     index = row * plan.num_q_blocks + block
-    return loop.turns.at[jnp.where(step < 0, plan.num_turns - 1, index)]
+    return loop.counters.at[jnp.where(step < 0, plan.num_turns - 1, index)]
 
 
 def await_turn(loop: Loop, step: Array) -> None:
     """Waits until all tiles that come before have added to the dQ of a step; tells `compute`."""
     plan = loop.plan
-    if loop.turns is not None:
+    if loop.counters is not None:
         _, block = loop.block(step)
         before = turn_of(plan, loop.inputs, loop.tile, block) * plan.config.compute_warpgroups
         counter = _turn_counter(loop, step)
@@ -257,6 +293,6 @@ def _take_turn(loop: Loop, step: Array) -> None:
 
 def pass_turn(loop: Loop, step: Array) -> None:
     """Waits until dQ of a step is in global memory, and lets the next tile add to it."""
-    if loop.turns is not None:
+    if loop.counters is not None:
         plgpu.wait_smem_to_gmem(0)
         plgpu.semaphore_signal(_turn_counter(loop, step), memory_scope="gpu")

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.config import AttentionSpec, BackwardConfig
-from pallas_kernels.flash_attention.sm90_fwd_plan import divmod_int32
+from pallas_kernels.flash_attention.sm90_fwd_plan import BlockRange, divmod_int32
 from pallas_kernels.mosaic import ROWS, scratch_bytes, smem_tile
 
 # At the end of a tile the producer announces two turns without waiting in between for anything
@@ -208,7 +208,7 @@ class Inputs(NamedTuple):
     delta: Any  # [B, N, padded T], float32, finite: rowsum(dO * O) - gradient of the log-sum-exp
     q_ids: Any  # [B, padded T], int32, or None
     kv_ids: Any  # [B, padded S], int32, or None
-    block_ranges: Any  # [B, num_kv_tiles, 4], int32, or None: see `QueryRange`
+    block_ranges: Any  # [B, num_kv_tiles, 4], int32, or None: see `BlockRange`
     turns: Any  # [B, num_kv_tiles, num_q_blocks], int32, or None: see `turn_of`
 
 
@@ -228,17 +228,6 @@ class Tile(NamedTuple):
     kv_tile: Array
 
 
-class QueryRange(NamedTuple):
-    """Blocks start <= m < stop hold all queries that see a tile of keys; full_start <= m <
-    full_stop need no mask.
-    """
-
-    start: Array
-    stop: Array
-    full_start: Array
-    full_stop: Array
-
-
 def tile_of(plan: Plan, index: Array) -> Tile:
     """Maps the index of a tile to its coordinates: the first keys of all heads first.
 
@@ -254,13 +243,13 @@ def tile_of(plan: Plan, index: Array) -> Tile:
     return Tile(batch, kv_head, kv_tile)
 
 
-def query_range_of(plan: Plan, inputs: Inputs, tile: Tile) -> QueryRange:
-    """Returns which query blocks a tile of keys needs: looked up with segment ids, else computed
-    from the band.
+def query_range_of(plan: Plan, inputs: Inputs, tile: Tile) -> BlockRange:
+    """Returns which blocks of queries a tile of keys needs: looked up with segment ids, else
+    computed from the band.
     """
     if plan.spec.has_segments:
         ranges = inputs.block_ranges
-        return QueryRange(*(ranges[tile.batch, tile.kv_tile, i] for i in range(4)))
+        return BlockRange(*(ranges[tile.batch, tile.kv_tile, i] for i in range(4)))
     band, block_q, last_block = plan.spec.band, plan.config.block_q, plan.num_q_blocks - 1
     first_k = tile.kv_tile * plan.config.block_kv
     last_k = jnp.minimum(first_k + plan.config.block_kv, plan.spec.key_length) - 1
@@ -273,7 +262,7 @@ def query_range_of(plan: Plan, inputs: Inputs, tile: Tile) -> QueryRange:
         stop = jnp.minimum(stop, lax.div(last_k + band.left, block_q) + 1)
         full_stop = jnp.minimum(full_stop, lax.div(first_k + band.left + 1, block_q))
     # A tile that no query sees still runs one block, all masked, which makes its gradients 0.
-    return QueryRange(start, jnp.maximum(stop, start + 1), full_start, full_stop)
+    return BlockRange(start, jnp.maximum(stop, start + 1), full_start, full_stop)
 
 
 def turn_of(plan: Plan, inputs: Inputs, tile: Tile, q_block: Array) -> Array:

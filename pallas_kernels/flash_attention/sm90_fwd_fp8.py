@@ -12,10 +12,9 @@ dim 256 has no registers for that, and rescales O before.
 
 The warps and barriers are those of `sm90_fwd_bf16`:
 
-  warpgroup             does                                    waits for            then arrives at
-  compute 0..C-1        X, softmax, O for 64 queries each       q_full k_full v_full k_free v_free
-  q_free producer (last)       TMA loads of Q, scales, K, V^T, ids     q_free k_free v_free (TMA)
-  q_full k_full v_full
+  warpgroup        does                                  waits for              arrives at
+  compute 0..C-1   X, softmax, O of 64 queries each      q_full k_full v_full   q_free k_free v_free
+  producer (last)  TMA of Q, scales, K, V^T, ids         q_free k_free v_free   (TMA) *_full
 
 P leaves the registers of X's accumulator and becomes the A operand of P V without moving
 (`accumulator_as_8_bit_operand`); for that, V^T has its keys in the order of `fp8.permute_16`.

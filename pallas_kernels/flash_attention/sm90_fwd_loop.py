@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_attention.sm90_fwd_plan import (
     BlockRange,
     Inputs,
+    Launch,
     Plan,
     Scratch,
     block_range_of,
@@ -196,7 +197,7 @@ def wait_for_k(loop: Loop, j: Array) -> None:
         plgpu.barrier_wait(loop.scratch.k_full.at[loop.stage(j)])
 
 
-def pin(plan: Plan, x: Any) -> Any:
+def pin(plan: Launch, x: Any) -> Any:
     """Keeps the compiler from moving the computation of x past this point, or from merging it."""
     return x if plan.interpret else lax.optimization_barrier(x)
 

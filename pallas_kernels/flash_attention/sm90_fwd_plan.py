@@ -268,6 +268,11 @@ class Launch(Protocol):
         """Tiles of the whole problem."""
         ...
 
+    @property
+    def interpret(self) -> bool:
+        """Runs in the CPU interpreter."""
+        ...
+
 
 def cta_tiles(plan: Launch) -> tuple[Array, Any]:
     """Returns how many tiles this CTA has, and the function from its i-th to the tile's index.
