@@ -8,8 +8,8 @@ and delta = 0 (`sm90_isolation`).
 By bytes: out and dout read once, the zeros that the backward adds dQ to written once. XLA puts the
 sum into the transposition of its result, so that each thread reads whole rows by itself.
 
-A persistent CTA of one warpgroup walks through blocks of 64 queries of a head; several CTAs share
-an SM:
+A persistent CTA of one warpgroup walks through blocks of 64 queries of a head (`sm90_head_blocks`);
+several CTAs share an SM:
 
   step                                           ordered by
   load of block i into its stage                 TMA -> `full`, one barrier per stage

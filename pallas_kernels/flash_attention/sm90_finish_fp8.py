@@ -3,8 +3,9 @@
 For each row i of a head of x `[B, L, heads, H]`:   y_i = round16(x_i factor_i) M,   in 16 bits
 with the product on the tensor cores, accumulated in float32.
 
-A persistent CTA of one warpgroup walks through blocks of 64 rows, two CTAs share an SM and fill its
-shared memory: factors are read from global memory, before the wait for their block.
+A persistent CTA of one warpgroup walks through blocks of 64 rows (`sm90_head_blocks`), two CTAs
+share an SM and fill its shared memory: factors are read from global memory, before the wait for
+their block.
 
   step                                           ordered by
   load of block i into its stage                 TMA -> `full`, one barrier per stage
