@@ -83,13 +83,13 @@ def quantize_qkv(
         first = sm90_fp8.rotated(fp8_quantize.first_key_of(keys(1, 1), mean), spec)
         first = fp8_quantize.to_query_heads(first, spec)
     options = dict(sm_count=sm_count(), interpret=interpret)
-    matrix = fp8.rotation(h) if spec.fp8.rotate else jnp.eye(h)
+    matrix = jnp.asarray(fp8.rotation(h), x.dtype) if spec.fp8.rotate else None
     run = functools.partial(
         sm90_rope_quantize_fp8.rope_quantize,
         x,
         cos[:, :, 0],
         sin[:, :, 0],
-        jnp.asarray(matrix, x.dtype),
+        matrix,
         **options,
     )
     q = run(None, first, part=q_part)

@@ -2,13 +2,15 @@
 
 For each head of a part of x `[B, L, all heads, H]`, a fused QKV projection, with its halves (a, b):
   z = round16(a cos - b sin, b cos + a sin)      as `fused.rope.rotate` has it
-  y = z M - m                                    the product on the tensor cores, in float32
+  y = z M - m                                    M, m optional; on the tensor cores, in float32
   s = the power of two with max |y| / s just below 448 over 128 rows,   rows = round8(y / s)
 and optionally the products y_i . key: what `sm90_quantize_fp8` makes of z, bit for bit, without a
 z in global memory. v, which is not rotated, is for that kernel.
 
 A CTA is two warpgroups, each of 64 of the 128 rows that share a scale, and takes several heads of
 these rows: cosines and sines stay in registers, which 128 rows would not leave to one warpgroup.
+M is [[A, A], [C, -C]] (Sylvester): with p = a' A and q = b' C, for the halves (a', b') of z, y is
+(p + q, p - q), half the work of a product with M.
 
   prologue                                       ordered by
   loads of the first heads; of M by warpgroup 0  TMA
@@ -68,6 +70,8 @@ class Plan:
     """Which of the heads of x these are."""
     dtype: Any
     """Of x: 16 bits."""
+    rotates: bool
+    """Whether there is M."""
     centers: bool
     """Whether there is m."""
     multiplies: bool
@@ -105,14 +109,14 @@ class _Smem(NamedTuple):
     """Shared memory and barriers; "wgs" is one for each warpgroup."""
 
     x: Any  # [wgs, stages, ROWS, H]
-    matrix: Any  # [H, H]
+    matrix: Any  # [2, H / 2, H / 2]: A and C; or None
     rows: Any  # [wgs, slots, ROWS, H], E4M3
     row_max: Any  # [2, wgs, ROWS], float32
     mean: Any  # [wgs, stages, H], float32, or None
     key: Any  # [wgs, stages, H], float32, or None
-    operand: Any  # [wgs, ROWS, H], interpreter only
+    operand: Any  # [wgs, 2, ROWS, H / 2], interpreter only
     full: Any  # TMA -> a warpgroup, wgs * stages: x, mean and key
-    setup: Any  # TMA -> both warpgroups: M
+    setup: Any  # TMA -> both warpgroups: A and C; or None
     met: Any  # each warpgroup -> both: row_max
 
 
@@ -120,18 +124,19 @@ def _smem_types(plan: Plan) -> _Smem:
     """The shared-memory plan: the single source of its allocation and of `smem_bytes`."""
     h = plan.shape[3]
     vectors = plgpu.SMEM((_WARPGROUPS, _STAGES, h), jnp.float32)
+    operand = smem_tile((_WARPGROUPS, 2, ROWS, h // 2), plan.dtype)
     return _Smem(
         x=smem_tile((_WARPGROUPS, _STAGES, ROWS, h), plan.dtype),
-        matrix=smem_tile((h, h), plan.dtype),
+        matrix=smem_tile((2, h // 2, h // 2), plan.dtype) if plan.rotates else None,
         rows=smem_tile((_WARPGROUPS, _SLOTS, ROWS, h), fp8.E4M3),
         row_max=plgpu.SMEM((2, _WARPGROUPS, ROWS), jnp.float32),
         mean=vectors if plan.centers else None,
         key=vectors if plan.multiplies else None,
-        operand=smem_tile((_WARPGROUPS, ROWS, h), plan.dtype) if plan.interpret else None,
+        operand=operand if plan.interpret else None,
         full=plgpu.Barrier(
             num_arrivals=1 + plan.centers + plan.multiplies, num_barriers=_WARPGROUPS * _STAGES
         ),
-        setup=plgpu.Barrier(),
+        setup=plgpu.Barrier() if plan.rotates else None,
         met=plgpu.Barrier(num_arrivals=_WARPGROUPS),
     )
 
@@ -178,21 +183,34 @@ class _Kernel(NamedTuple):
         x = plgpu.load(smem.x.at[wg, stage], layout=MATRIX)
         half = plan.shape[3] // 2
         a, b = x[:, :half].astype(jnp.float32), x[:, half:].astype(jnp.float32)
-        operand = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=1).astype(plan.dtype)
-        if plan.interpret:
-            smem.operand.at[wg][...] = operand
-            plgpu.commit_smem()
-            operand = smem.operand.at[wg]
-
-        def product(acc: Any) -> Array:
-            plgpu.wgmma(acc, operand, smem.matrix)
-            return acc[...]
-
-        y = pl.run_scoped(product, plgpu.ACC((ROWS, plan.shape[3]), jnp.float32))
+        z = [part.astype(plan.dtype) for part in (a * cos - b * sin, b * cos + a * sin)]
+        if plan.rotates:
+            p, q = self.hadamard_halves(z)
+            y = jnp.concatenate((p + q, p - q), axis=1)
+        else:
+            y = jnp.concatenate(z, axis=1).astype(jnp.float32)
         if plan.centers:
             mean = plgpu.load(smem.mean.at[wg, stage], layout=PER_COLUMN)
             y -= lax.broadcast_in_dim(mean, y.shape, [1])
         return y
+
+    def hadamard_halves(self, z: list[Any]) -> tuple[Array, Array]:
+        """p = a' A and q = b' C, `[ROWS, H / 2]`, float32."""
+        if self.plan.interpret:
+            operands = self.smem.operand.at[lax.axis_index("wg")]
+            for part in (0, 1):
+                operands.at[part][...] = z[part]
+            plgpu.commit_smem()
+            z = [operands.at[part] for part in (0, 1)]
+
+        def multiply(*accs: Any) -> tuple[Array, Array]:
+            for part, acc in enumerate(accs):
+                plgpu.wgmma(acc, z[part], self.smem.matrix.at[part])
+            p, q = (acc[...] for acc in accs)
+            return p, q
+
+        acc = plgpu.ACC((ROWS, self.plan.shape[3] // 2), jnp.float32)
+        return pl.run_scoped(multiply, acc, acc)
 
     def multiply(self, i: Array, stage: Array, y: Array) -> None:
         """Writes the products with the key."""
@@ -232,7 +250,8 @@ class _Kernel(NamedTuple):
 def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     """One warpgroup's rows of the CTA's heads."""
     queue = list(refs)
-    x, cos_gmem, sin_gmem, matrix = (queue.pop(0) for _ in range(4))
+    x, cos_gmem, sin_gmem = (queue.pop(0) for _ in range(3))
+    matrix = queue.pop(0) if plan.rotates else None
     mean = queue.pop(0) if plan.centers else None
     key = queue.pop(0) if plan.multiplies else None
     rows, amax, products = (*queue, None)[:3]
@@ -242,15 +261,18 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     for i in range(min(_STAGES, count)):
         kernel.load(i, i)
 
-    @pl.when(lax.axis_index("wg") == 0)
-    def _() -> None:
-        plgpu.copy_gmem_to_smem(matrix, smem.matrix, smem.setup)
+    if matrix is not None:
+
+        @pl.when(lax.axis_index("wg") == 0)
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(matrix, smem.matrix, smem.setup)
 
     own = lax.axis_index("batch"), pl.ds(kernel.first_row, ROWS)
     cos, sin = (
         plgpu.load(angle.at[own], layout=MATRIX, optimized=False) for angle in (cos_gmem, sin_gmem)
     )
-    plgpu.barrier_wait(smem.setup)
+    if plan.rotates:
+        plgpu.barrier_wait(smem.setup)
 
     def step(i: Array, _: None) -> None:
         stage = lax.rem(i, jnp.int32(_STAGES))
@@ -270,7 +292,7 @@ def rope_quantize(
     x: Array,
     cos: Array,
     sin: Array,
-    matrix: Array,
+    matrix: Array | None,
     mean: Array | None,
     key: Array | None = None,
     *,
@@ -284,9 +306,10 @@ def rope_quantize(
       x: `[B, L, all heads, H]`, bfloat16 or float16; L a multiple of 16.
       cos: float32 `[B, L, H / 2]`.
       sin: like cos.
-      matrix: M, `[H, H]`, like x; the identity for no Hadamard rotation, which changes no bit.
-      mean: m M, `[B, heads, H]`, float32; or None for 0. The last block's scale takes rows beyond L
-        for -m.
+      matrix: M, `[H, H]`, like x, of the form [[A, A], [C, -C]] as `fp8.rotation` has it; or None
+        for no Hadamard rotation.
+      mean: m M, or m without a rotation, `[B, heads, H]`, float32; or None for 0. The last block's
+        scale takes rows beyond L for -m.
       key: `[B, heads, H]`, float32, to be multiplied with y; or None.
       part: the heads of x to take, `heads` of the arguments and results.
       sm_count: streaming multiprocessors of the device.
@@ -301,6 +324,7 @@ def rope_quantize(
         shape=(batch, length, heads, h),
         part=part,
         dtype=x.dtype,
+        rotates=matrix is not None,
         centers=mean is not None,
         multiplies=key is not None,
         sm_count=sm_count,
@@ -309,6 +333,7 @@ def rope_quantize(
     padded = plan.num_blocks * TILE_ROWS
     if padded != length:  # TMA keeps within an array, the loads of angles do not
         cos, sin = (jnp.pad(a, ((0, 0), (0, padded - length), (0, 0))) for a in (cos, sin))
+    quarters = None if matrix is None else matrix[:, : h // 2].reshape(2, h // 2, h // 2)
     out_type = [
         jax.ShapeDtypeStruct(plan.shape, fp8.E4M3),
         jax.ShapeDtypeStruct((batch, heads, plan.num_blocks), jnp.float32),
@@ -327,7 +352,7 @@ def rope_quantize(
         kernel_name="fp8_rope_quantize",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(x, cos, sin, matrix, *(a for a in (mean, key) if a is not None))
+    )(x, cos, sin, *(a for a in (quarters, mean, key) if a is not None))
     products = others[0][:, :, :length] if others else None
     scale = fp8.scale_of(amax, E4M3_MAX, fp8.MIN_SCALE)
     return Quantized(rows, scale, None, None, products)

@@ -31,6 +31,7 @@ class Case:
     group: int
     h: int
     is_key: bool = False
+    rotates: bool = True
     dtype: str = "bfloat16"
 
     def __str__(self):
@@ -56,7 +57,7 @@ class Case:
         return (
             jnp.asarray(x, self.dtype),
             *(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)),
-            jnp.asarray(fp8.rotation(self.h), self.dtype),
+            jnp.asarray(fp8.rotation(self.h), self.dtype) if self.rotates else None,
             vector if self.is_key else None,
             None if self.is_key else vector,
         )
@@ -75,7 +76,7 @@ CASES = [
     Case(name="q", length=208, kv_heads=2, group=2, h=128),
     Case(name="k", length=176, kv_heads=3, group=2, h=128, is_key=True),
     Case(name="q_64", length=128, kv_heads=1, group=1, h=64, dtype="float16"),
-    Case(name="k_64", length=16, kv_heads=1, group=3, h=64, is_key=True),
+    Case(name="k_64", length=16, kv_heads=1, group=3, h=64, is_key=True, rotates=False),
 ]
 BENCHMARKED = [
     Case(name="q_32_8", length=16, kv_heads=8, group=4, h=128),
@@ -83,6 +84,7 @@ BENCHMARKED = [
     Case(name="q_16_16", length=16, kv_heads=16, group=1, h=128),
     Case(name="q_64", length=16, kv_heads=16, group=1, h=64, dtype="float16"),
     Case(name="k_64", length=16, kv_heads=8, group=4, h=64, is_key=True),
+    Case(name="q_plain", length=16, kv_heads=8, group=4, h=128, rotates=False),
 ]
 
 
@@ -100,7 +102,8 @@ def rotated(case, x, cos, sin):
 def check(case, result, x, cos, sin, matrix, mean, key):
     """Holds a result against float64: every bit but where a float32 fell on the other side."""
     z = rotated(case, x, cos, sin).astype(np.float64)
-    y = z @ np.asarray(matrix, np.float64)
+    matrix = np.eye(case.h) if matrix is None else np.asarray(matrix, np.float64)
+    y = z @ matrix
     padded = np.pad(y, ((0, 0), (0, -case.length % 128), (0, 0), (0, 0)))
     if mean is not None:
         y, padded = (a - np.asarray(mean, np.float64)[:, None] for a in (y, padded))
@@ -121,7 +124,7 @@ def check(case, result, x, cos, sin, matrix, mean, key):
     if key is not None:
         products = np.einsum("blnh,bnh->bnl", y, np.asarray(key, np.float64))
         bound = 1e-5 * np.linalg.norm(y, axis=3) * case.h**0.5
-        key_sums = np.abs(np.asarray(matrix, np.float64) @ np.asarray(key)[..., None]).max(axis=2)
+        key_sums = np.abs(matrix @ np.asarray(key)[..., None]).max(axis=2)
         bound = (bound + bit[..., 0] * key_sums[..., 0][:, None]).transpose(0, 2, 1)
         assert np.all(np.abs(np.asarray(result.products) - products) <= bound)
     assert result.columns is None and result.norm is None
@@ -180,6 +183,13 @@ def test_what_is_not_finite_stays_in_its_block():
     np.testing.assert_array_equal(rows.any(axis=(2, 4)).swapaxes(1, 2), is_nan)
 
 
+@pytest.mark.parametrize("h", [64, 128])
+def test_the_rotation_has_the_form_that_the_kernel_uses(h):
+    left, right = np.hsplit(fp8.rotation(h), 2)
+    np.testing.assert_array_equal(right[: h // 2], left[: h // 2])
+    np.testing.assert_array_equal(right[h // 2 :], -left[h // 2 :])
+
+
 @pytest.mark.parametrize(
     ("heads", "blocks", "expected"),
     # 132 at a time: one wave of all heads; two of halves are 2 x 5 steps, four of pairs 4 x 3.
@@ -211,6 +221,7 @@ def test_compiles_for_sm90a_without_spills(case):
         shape=(2, 8192, case.heads, case.h),
         part=case.part,
         dtype=case.dtype,
+        rotates=case.rotates,
         centers=case.is_key,
         multiplies=not case.is_key,
         sm_count=132,
