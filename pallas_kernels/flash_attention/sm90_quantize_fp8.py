@@ -6,7 +6,8 @@ For each block of 128 rows x `[128, H]` of a head, with M, m and s of `fp8`:
 and optionally columns = rows^T in the order of `fp8.permute_16` and the largest |y_i|^2, or the
 products y_i . key with a vector for each head.
 
-A persistent CTA of one warpgroup walks through blocks, two CTAs share an SM:
+A persistent CTA of one warpgroup walks through blocks (`sm90_head_blocks`). Registers are for two
+CTAs on an SM; at 128 channels M leaves shared memory for one only:
 
   step                                           ordered by
   load of block i into its stage                 TMA -> `full`, one barrier per stage

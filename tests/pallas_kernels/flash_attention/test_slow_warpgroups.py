@@ -16,8 +16,9 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from pallas_kernels.flash_attention import fp8_quantize, fp8_xla, sm90, sm90_fp8
 from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig, Fp8BackwardConfig
+from pallas_kernels.flash_attention.sm90_rope_quantize_fp8 import rope_quantize
 from tests.pallas_kernels.cases import Case
-from tests.pallas_kernels.flash_attention import test_sm90_fp8_forward
+from tests.pallas_kernels.flash_attention import test_sm90_fp8_forward, test_sm90_rope_quantize_fp8
 from tests.pallas_kernels.flash_attention.test_sm90_backward import interpreted
 from tests.pallas_kernels.flash_attention.test_sm90_forward import spec_of
 
@@ -88,3 +89,12 @@ def test_fp8_backward(late_warpgroup, separate_dq):
     for x, y in zip(got, twin, strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(y)
+
+
+def test_rope_quantize(late_warpgroup):
+    case = test_sm90_rope_quantize_fp8.Case(
+        name="five_heads", length=128, kv_heads=5, group=1, h=64, rotates=False
+    )
+    arguments = case.arguments()
+    got = rope_quantize(*arguments, part=case.part, sm_count=1, interpret=True)
+    test_sm90_rope_quantize_fp8.check(case, got, *arguments)
