@@ -10,8 +10,9 @@ from pallas_kernels.mosaic import divmod_traced
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 127, 128, 641, 1 << 14, (1 << 20) - 1])
 def test_divmod_by_a_traced_number_is_exact(divisor):
     multiples = np.arange(0, 1 << 21, divisor)
+    multiples = np.append(multiples[:1000], multiples[-1000:])  # the largest are the hardest
     # Next to multiples the quotient changes.
-    x = np.unique(np.clip(np.add.outer([-1, 0, 1], multiples), 0, (1 << 21) - 1))
+    x = np.clip(np.add.outer([-1, 0, 1], multiples), 0, (1 << 21) - 1)
     quotient, rest = divmod_traced(jnp.asarray(x, jnp.int32), jnp.int32(divisor))
     np.testing.assert_array_equal(quotient, x // divisor)
     np.testing.assert_array_equal(rest, x % divisor)

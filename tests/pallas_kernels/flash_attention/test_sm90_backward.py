@@ -10,7 +10,13 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_kernels import flash_attention, hardware
-from pallas_kernels.flash_attention import sm90, sm90_bwd_loop, sm90_bwd_plan, tuning
+from pallas_kernels.flash_attention import (
+    sm90,
+    sm90_bwd_bf16,
+    sm90_bwd_loop,
+    sm90_bwd_plan,
+    tuning,
+)
 from pallas_kernels.flash_attention.config import BackwardConfig
 from pallas_kernels.flash_attention.sm90_bwd_loop import Loop
 from pallas_kernels.reference import attention_reference
@@ -157,15 +163,20 @@ def compile_cases():
 
 
 def ptxas_of_backward(case, deterministic, config=None):
-    """Returns ptxas's report on the backward kernels."""
+    """Returns ptxas's report on the kernel alone; `sm90_bwd_rows` has a test of its own."""
     spec = dataclasses.replace(spec_of(case), deterministic=deterministic)
+    plan = plan_of(case, config or tuning.backward_config(spec), 132, deterministic)
     q, k, v, *ids = arguments(case)
-    statistics = jax.ShapeDtypeStruct((case.b, case.t, case.n), jnp.float32)
-
-    def run(q, k, v, lse, *ids):
-        return sm90.backward(q, k, v, *(ids or (None, None)), q, lse, q, lse, spec, config=config)
-
-    return ptxas_report(run, q, k, v, statistics, *ids)
+    q, k, v = (jax.eval_shape(sm90.pad_length, x) for x in (q, k, v))
+    segments = ()
+    if ids:
+        pad = functools.partial(sm90._backward_segment_operands, plan)
+        segments = jax.eval_shape(pad, *ids)
+    length = plan.padded_query_length
+    numbers = jax.ShapeDtypeStruct((case.b, case.n, length), jnp.float32)
+    dq = jax.ShapeDtypeStruct((case.b, length, case.n, case.h), jnp.float32)
+    launch = functools.partial(sm90_bwd_bf16.launch, plan=plan)
+    return ptxas_report(launch, q, k, v, q, numbers, numbers, segments, dq)
 
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "any_order"])
