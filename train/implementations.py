@@ -3,9 +3,9 @@
 "auto" takes the Mosaic kernel on one Hopper GPU, where it can run all that the option is about, and
 XLA elsewhere. Whether a kernel can run is for its own checks to say. On several devices it is XLA,
 too: what each of them gets is for the partitioner to choose, in pieces that may be too small for a
-kernel, and nothing has been measured there. Rotary positions are "fused" with the casts of FP8
-attention before all that, on one GPU. Attention is not among these options: `flash_attention`
-chooses for itself.
+kernel, and nothing has been measured there. Rotary positions that are "fused" with the casts of FP8
+attention have to be asked for: those kernels have not been measured either. Attention is not among
+these options: `flash_attention` chooses for itself.
 """
 
 # Shapes: M tokens; the GEMMs of a dot are those of [M, K] and [K, N].
@@ -80,11 +80,9 @@ def _take(
     """What runs instead of `asked`; and what stands in the way of Mosaic."""
     if asked == "xla":
         return "xla", None
-    if what == "rope" and asked != "mosaic":
+    if asked == "fused":
         # The option of casts, which the fused kernels are some of, is settled by now.
-        reason = _fused_rope_reason(config, mesh)
-        if reason is None or asked == "fused":
-            return "fused", reason
+        return "fused", _fused_rope_reason(config, mesh)
     reason = _REASONS[what](config)
     if reason is None and asked == "auto" and mesh.size > 1:
         reason = f"what each of {mesh.size} devices gets is for XLA to choose; ask for mosaic"

@@ -126,10 +126,11 @@ ODD_LENGTH = ("--data.sequence-length", "2040", "--data.batch-size", "16")
 FP8_ATTENTION = ("--model.attention-precision", "fp8")
 
 
-def test_where_kernels_cast_for_fp8_attention_they_rotate_too():
-    assert describe(on_h200(*FP8_ATTENTION)[1]) == "fused for rope; mosaic for casts, norm, swiglu"
-    asked = ("--model.rope-implementation", "mosaic")
-    assert chosen(on_h200(*FP8_ATTENTION, *asked)[0]) == ("mosaic",) * 4
+def test_kernels_that_cast_for_fp8_attention_rotate_too_if_asked_to():
+    assert chosen(on_h200(*FP8_ATTENTION)[0]) == ("mosaic",) * 4
+    config, decisions = on_h200(*FP8_ATTENTION, "--model.rope-implementation", "fused")
+    assert config.model.rope_implementation == "fused"
+    assert describe(decisions) == "fused for rope (asked for); mosaic for casts, norm, swiglu"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,6 @@ def test_where_kernels_cast_for_fp8_attention_they_rotate_too():
     ],
 )
 def test_what_stands_in_the_way_of_a_fused_rotation(options, mesh, message):
-    assert on_h200(*options, mesh=mesh)[0].model.rope_implementation != "fused"
     with pytest.raises(ConfigError, match=f"rope-implementation=fused cannot run: .*{message}"):
         on_h200(*options, "--model.rope-implementation", "fused", mesh=mesh)
 
