@@ -84,6 +84,28 @@ def _smem_types(plan: Plan) -> _Smem:
     )
 
 
+def scaled_product(x: Array, factor: Array, matrix: Any, operand: Any) -> Array:
+    """(x * factor) M of one warpgroup, float32 [ROWS, H].
+
+    Args:
+      x: float32 [ROWS, H] in registers, layout MATRIX.
+      factor: float32 [ROWS], layout PER_ROW.
+      matrix: M, shared memory [H, H]; its dtype is that of the product's operands.
+      operand: None; shared memory in the interpreter, which takes no A operand in registers.
+    """
+    left: Any = (x * lax.broadcast_in_dim(factor, x.shape, [0])).astype(matrix.dtype)
+    if operand is not None:
+        operand[...] = left
+        plgpu.commit_smem()
+        left = operand
+
+    def product(acc: Any) -> Array:
+        plgpu.wgmma(acc, left, matrix)
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((ROWS, x.shape[1]), jnp.float32))
+
+
 def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
     """Walks through the CTA's blocks."""
     x_gmem, factor_gmem, matrix, y_gmem = refs
@@ -101,17 +123,7 @@ def _kernel(*refs: Any, plan: Plan, **smem_refs: Any) -> None:
         factor = plgpu.load(factor, layout=PER_ROW, optimized=False)
         plgpu.barrier_wait(smem.full.at[stage])
         x = plgpu.load(smem.x.at[stage], layout=MATRIX)
-        operand = (x * lax.broadcast_in_dim(factor, x.shape, [0])).astype(plan.dtype)
-        if plan.interpret:
-            smem.operand[...] = operand
-            plgpu.commit_smem()
-            operand = smem.operand
-
-        def product(acc: Any) -> Array:
-            plgpu.wgmma(acc, operand, smem.matrix)
-            return acc[...]
-
-        return pl.run_scoped(product, plgpu.ACC((ROWS, plan.shape[3]), jnp.float32))
+        return scaled_product(x, factor, smem.matrix, smem.operand)
 
     def step(i: Array, stage: Array) -> None:
         y = scaled_and_rotated(i, stage).astype(plan.dtype)

@@ -33,6 +33,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.sm90_finish_fp8 import scaled_product
 from pallas_kernels.flash_attention.sm90_rope_quantize_fp8 import heads_per_cta
 from pallas_kernels.mosaic import MATRIX, PER_ROW, ROWS, launcher, scratch_bytes, smem_tile
 
@@ -164,18 +165,7 @@ class _Kernel(NamedTuple):
         factor = plgpu.load(factor, layout=PER_ROW, optimized=False)
         plgpu.barrier_wait(smem.full.at[stage])
         x = plgpu.load(smem.stages[0][0].at[stage], layout=MATRIX)
-        operand = (x * lax.broadcast_in_dim(factor, x.shape, [0])).astype(plan.dtype)
-        if plan.interpret:
-            smem.operand[...] = operand
-            plgpu.commit_smem()
-            operand = smem.operand
-
-        def product(acc: Any) -> Array:
-            plgpu.wgmma(acc, operand, smem.matrix)
-            return acc[...]
-
-        z = pl.run_scoped(product, plgpu.ACC((ROWS, plan.shape[3]), jnp.float32))
-        return z.astype(plan.dtype)
+        return scaled_product(x, factor, smem.matrix, smem.operand).astype(plan.dtype)
 
     def other(self, _: Array, stage: Array) -> Array:
         """dK or dV of the head that the stage is for."""
