@@ -7,9 +7,10 @@ may differ by one exponent only where roundings (another order of summation) car
 edge between two exponents. `EDGE` is how far they can: a bfloat16 activation or gradient is rounded
 to 2**-8 relative, and the amax of a tensor depends on a few such roundings, one after the other.
 
-Loss. The mean over 512 tokens of numbers that each depend on those roundings. With E5M2 gradients
-(2**-3) and a first step of Adam, which moves every weight by the learning rate whatever the size of
-its gradient, the second step's loss differs by more than the first's, yet by less than 0.1 %.
+Loss. The mean over 512 tokens of numbers that each depend on those roundings. How much, shows the
+plainest way itself, with each element of the embedding moved to the bfloat16 number above or below:
+roundings at one place only, while another order of summation rounds otherwise everywhere. A loss
+may be off by `NOISE_LIMIT` times the root mean square of what that does to it.
 
 `python -m pytest -m campaign tests/train/test_equivalence.py` tries all 54 combinations and writes
 the differences to `benchmarks/results/`; here are three of them.
@@ -36,7 +37,8 @@ from train.step import abstract_batch, make_train_step
 
 BASE = replace(CONFIG, data={"batch_size": 32})
 EDGE = 2.0**-5
-LOSS_RTOL = (5e-5, 1e-3)  # of the first and the second step; measured: 4e-6 and 1.5e-4
+NOISE_LIMIT = 4
+NOISE_SAMPLES = 6
 MESHES = {
     "1": {"data": 1},
     "8": {"data": 8},
@@ -89,12 +91,12 @@ def stack(tree):
     return tree | {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}
 
 
-def two_steps(config) -> tuple[list[float], dict]:
+def two_steps(config, initial: TrainState | None = None) -> tuple[list[float], dict]:
     """Losses of two steps, and the stacked FP8 state after the first."""
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
     mesh = make_mesh(config.mesh, jax.devices()[:count])
-    state = jax.device_get(base_state())
+    state = jax.device_get(initial or base_state())
     if config.model.layer_loop == "unroll":
         params, scaling = unstack(state.params), unstack(state.scaling)
         state = state._replace(params=params, scaling=scaling, opt_state=optimizer.init(params))
@@ -119,12 +121,25 @@ def reference() -> tuple[list[float], dict, dict]:
     return losses, scaling, to_record(jax.device_get(measured["tensors"]))
 
 
+@functools.cache
+def loss_limits() -> list[float]:
+    """How far each of the two losses may be off, relatively."""
+    expected, state, errors = reference()[0], base_state(), []
+    for seed in range(NOISE_SAMPLES):
+        embedding = np.asarray(state.params["embedding"])
+        up_or_down = np.random.default_rng(seed).choice(np.float32([-1, 1]), embedding.shape)
+        params = state.params | {"embedding": embedding * (1 + 2**-8 * up_or_down)}
+        losses, _ = two_steps(BASE, state._replace(params=params))
+        errors.append([a / b - 1 for a, b in zip(losses, expected, strict=True)])
+    return [NOISE_LIMIT * float(x) for x in np.sqrt(np.mean(np.square(errors), axis=0))]
+
+
 def compare(config) -> dict:
     """What differs from the reference; fails where it may not."""
     expected_losses, expected, amaxes = reference()
     losses, scaling = two_steps(config)
     errors = [abs(a / b - 1) for a, b in zip(losses, expected_losses, strict=True)]
-    assert all(error <= limit for error, limit in zip(errors, LOSS_RTOL, strict=True)), errors
+    assert all(a <= b for a, b in zip(errors, loss_limits(), strict=True)), (errors, loss_limits())
     exact = different = 0
     for gemm, path in (
         ("qkv", ("attention", "qkv")),
@@ -162,6 +177,7 @@ def test_all_combinations():
         "jax": jax.__version__,
         "model": dataclasses.asdict(BASE.model),
         "combinations": len(rows),
+        "limits_of_relative_loss_errors": loss_limits(),
         "largest_relative_loss_errors": [max(r["loss_errors"][i] for r in rows) for i in (0, 1)],
         "states_equal": sum(row["states_equal"] for row in rows),
         "states_at_an_edge": sum(row["states_at_an_edge"] for row in rows),

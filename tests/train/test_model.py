@@ -201,7 +201,7 @@ def test_embeddings_times_a_multiplier_begin_with_variance_one(multiplier):
     model._apply_blocks = lambda x, *_: seen.append(x) or x
     model(jnp.arange(16)[None], jnp.arange(16)[None], None)
     want = multiplier * np.asarray(model.embedding[:16], np.float32)
-    np.testing.assert_allclose(np.float32(seen[0][0]), want, rtol=2**-8)
+    np.testing.assert_allclose(np.float32(seen[0]), want, rtol=2**-8)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

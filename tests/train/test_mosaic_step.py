@@ -46,6 +46,10 @@ def test_one_layer_compiles_for_the_h200():
     }
     gemms = [g for g in fp8_dot_count(compiled).gemms if "fp8_dot" in g.op_name]
     assert len(gemms) == 12 and all(g.kind == "cublaslt_fp8" for g in gemms)
+    # `out` and `down` add the residual stream as they write the sum, and not over a copy of it.
+    adding = [x for x in text.splitlines() if "matmul$f8" in x and '"beta":1,' in x]
+    assert len(adding) == 2 and not any("output_to_operand_aliasing" in x for x in adding)
+    assert not re.search(r"= bf16\[[\d,]+\]\S* copy\(", text)
     # Nothing is left for XLA to transpose, and no norm of a block is written in 16 bits.
     assert not re.search(r"= f8e\w+\[[\d,]+\]\S* (copy|transpose)\(", text)
     entry = text[text.index("\nENTRY") :]
